@@ -1,0 +1,2 @@
+//! The `vmflow` command.
+fn main() {}

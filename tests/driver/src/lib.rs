@@ -1,0 +1,1 @@
+//! A virtio-net driver over a vhost-user socket.
