@@ -1,1 +1,4 @@
 //! vmflow.
+
+pub mod label;
+pub mod ledger;
