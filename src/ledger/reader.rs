@@ -1,0 +1,143 @@
+//! The monitor's side of the ledger. What it reads was written by a process that a guest may have broken,
+//! so it keeps totals of its own and believes no counter that goes back.
+
+use std::sync::atomic::{Ordering, fence};
+
+use super::{
+    layout::{Ledger, Part, PartWord},
+    totals::Totals,
+};
+
+/// How often a snapshot is tried before the last one is kept: a writer flips at most once in that time,
+/// unless it is broken.
+const TRIES: usize = 100;
+
+/// What the monitor knows of one direction of one queue pair.
+#[derive(Clone, Debug)]
+pub struct Known {
+    part: Part,
+    totals: Totals,
+    queue_faults: u64,
+    uncertain: u64,
+    gone_back: u64,
+}
+
+impl Known {
+    /// Nothing is known yet.
+    #[must_use]
+    pub fn new(part: Part) -> Self {
+        Self { part, totals: Totals::default(), queue_faults: 0, uncertain: 0, gone_back: 0 }
+    }
+
+    /// Reads the ledger.
+    pub fn refresh(&mut self, ledger: &Ledger) {
+        if let Some(seen) = snapshot(ledger, self.part) {
+            self.gone_back += self.totals.advance_to(&seen) as u64;
+        }
+        let word = |word| ledger.part_word(self.part, word).load(Ordering::Relaxed);
+        self.queue_faults = self.queue_faults.max(word(PartWord::QueueFaults));
+        self.uncertain = self.uncertain.max(word(PartWord::Uncertain));
+    }
+
+    /// The counters, as of the last refresh.
+    #[must_use]
+    pub const fn totals(&self) -> &Totals {
+        &self.totals
+    }
+    /// How often the queue was stopped for a fault of the guest.
+    #[must_use]
+    pub const fn queue_faults(&self) -> u64 {
+        self.queue_faults
+    }
+    /// Tap operations of which a dead worker left unknown whether they happened.
+    #[must_use]
+    pub const fn uncertain(&self) -> u64 {
+        self.uncertain
+    }
+    /// How many counters were not believed because they went back.
+    #[must_use]
+    pub const fn gone_back(&self) -> u64 {
+        self.gone_back
+    }
+}
+
+/// The counters between two batches; nothing if the writer leaves us no quiet moment.
+fn snapshot(ledger: &Ledger, part: Part) -> Option<Totals> {
+    let epoch = ledger.part_word(part, PartWord::Epoch);
+    for _ in 0..TRIES {
+        let before = epoch.load(Ordering::Acquire);
+        let mut words = [0; Totals::WORDS];
+        for (word, shared) in words.iter_mut().zip(ledger.slot(part, before)) {
+            *word = shared.load(Ordering::Relaxed);
+        }
+        fence(Ordering::Acquire);
+        // The slot of `before` is written again only after the epoch has moved on.
+        if epoch.load(Ordering::Relaxed) == before {
+            return Some(Totals::from_words(&words));
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::writer::Account, *};
+
+    #[test]
+    fn what_was_not_committed_is_not_seen_and_is_gone_with_its_writer() {
+        let (ledger, fd) = Ledger::create(1).unwrap();
+        let mut account = Account::resume(&Ledger::open(&fd, 1).unwrap(), Part::transmit(0));
+        let mut known = Known::new(Part::transmit(0));
+        account.totals().chains = 5;
+        let _ = account.commit();
+        account.totals().chains = 9;
+        known.refresh(&ledger);
+        assert_eq!(known.totals().chains, 5);
+        drop(account);
+        let mut successor = Account::resume(&ledger, Part::transmit(0));
+        assert_eq!(successor.totals().chains, 5);
+    }
+
+    #[test]
+    fn directions_and_pairs_do_not_share_counters() {
+        let (ledger, _fd) = Ledger::create(2).unwrap();
+        for (n, part) in
+            [Part::receive(0), Part::transmit(0), Part::receive(1), Part::transmit(1)].into_iter().enumerate()
+        {
+            let mut account = Account::resume(&ledger, part);
+            account.totals().chains = n as u64 + 1;
+            let _ = account.commit();
+        }
+        let mut known = Known::new(Part::receive(1));
+        known.refresh(&ledger);
+        assert_eq!(known.totals().chains, 3);
+    }
+
+    #[test]
+    fn a_snapshot_taken_while_batches_are_written_is_always_of_one_batch() {
+        let (ledger, fd) = Ledger::create(1).unwrap();
+        let theirs = Ledger::open(&fd, 1).unwrap();
+        let writer = std::thread::spawn(move || {
+            let mut account = Account::resume(&theirs, Part::receive(0));
+            for n in 1..=200_000_u64 {
+                *account.totals() = Totals::from_words(&[n; Totals::WORDS]);
+                let _ = account.commit();
+            }
+        });
+        while !writer.is_finished() {
+            if let Some(totals) = snapshot(&ledger, Part::receive(0)) {
+                assert!(totals.words().iter().all(|w| *w == totals.chains), "torn: {totals:?}");
+            }
+        }
+        writer.join().unwrap();
+    }
+
+    #[test]
+    fn a_file_of_another_size_or_without_seals_is_refused() {
+        let (_ledger, fd) = Ledger::create(1).unwrap();
+        assert!(Ledger::open(&fd, 2).is_err());
+        let bare = rustix::fs::memfd_create("bare", rustix::fs::MemfdFlags::ALLOW_SEALING).unwrap();
+        rustix::fs::ftruncate(&bare, rustix::fs::fstat(&fd).unwrap().st_size.unsigned_abs()).unwrap();
+        assert!(Ledger::open(&bare, 1).is_err());
+    }
+}
