@@ -2,3 +2,4 @@
 
 pub mod label;
 pub mod ledger;
+pub mod policy;
