@@ -1,0 +1,490 @@
+//! What the API says about the VMs: the documents of `GET /v1/stats` and `GET /v1/vms`.
+//!
+//! The order of the fields is the order of the keys. Counters only grow; `in_flight` is the one gauge.
+//! Directions are the guest's: *transmit* is what the guest sends.
+
+use std::{
+    fmt,
+    time::{Duration, SystemTime},
+};
+
+use serde::{
+    Deserialize, Deserializer, Serialize, Serializer,
+    de::{self, MapAccess, Visitor},
+};
+use uuid::Uuid;
+
+use crate::{
+    label::Label,
+    ledger::{DropReason, Totals, Volume},
+};
+
+/// The version of both documents: it changes when a key goes or changes its meaning, not when one is added.
+pub const VERSION: u32 = 1;
+
+/// `GET /v1/stats`: what every VM sent and received.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stats {
+    /// [`VERSION`].
+    pub version: u32,
+    /// The host's name.
+    pub node: String,
+    /// Each VM.
+    pub vms: Vec<VmStats>,
+}
+
+/// One VM's part of [`Stats`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmStats {
+    /// The VM's name.
+    pub name: String,
+    /// The VM's UUID, if it has one.
+    pub uuid: Option<Uuid>,
+    /// The label of its normal frames.
+    pub label: u32,
+    /// The label of its suspect frames.
+    pub suspect_label: u32,
+    /// True while an operator's tag puts every frame under the suspect label.
+    pub suspect: bool,
+    /// That tag; the key is there only while the tag is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tag: Option<Tag>,
+    /// Its ports.
+    pub ports: Vec<PortStats>,
+}
+
+/// An operator's tag on a VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tag {
+    /// Why, in the operator's words.
+    pub reason: String,
+    /// Who: user and process at the control socket.
+    pub by: String,
+    /// When: RFC 3339, UTC (see [`rfc3339`]).
+    pub since: String,
+}
+
+/// Which side makes the connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// vmflow listens.
+    Server,
+    /// vmflow connects.
+    Client,
+}
+
+/// One port's part of [`VmStats`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortStats {
+    /// Path of the vhost-user socket.
+    pub socket: String,
+    /// Which side makes the connection.
+    pub mode: Mode,
+    /// Name of the tap.
+    pub tap: String,
+    /// Network namespace of the tap, if it is not the host's.
+    pub netns: Option<String>,
+    /// True while a front end is connected.
+    pub connected: bool,
+    /// Number of queue pairs.
+    pub queue_pairs: u16,
+    /// Workers that were started in place of one that ended.
+    pub worker_restarts: u64,
+    /// Tap writes and reads whose end is unknown, because a worker died in them.
+    pub uncertain: u64,
+    /// Queues that stopped because the guest broke them.
+    pub queue_faults: u64,
+    /// Connections refused: a wrong peer, or a second front end.
+    pub refused_connections: u64,
+    /// Connections accepted.
+    pub connections: u64,
+    /// What the guest sent.
+    pub transmit: Transmit,
+    /// What came for the guest.
+    pub receive: Receive,
+}
+
+/// How much traffic: four units of the same frames.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counts {
+    /// Frames: descriptor chains (transmit) or tap reads (receive).
+    pub frames: u64,
+    /// Packets on the wire: a GSO frame counts its segments.
+    pub packets: u64,
+    /// Bytes of the frames, without the virtio-net header.
+    pub bytes: u64,
+    /// Bytes on the wire: each further segment of a GSO frame repeats the headers.
+    pub wire_bytes: u64,
+}
+
+/// What the guest sent: `chains = in_flight + forwarded + diverted + sum(dropped)`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Transmit {
+    /// Descriptor chains taken from the ring.
+    pub chains: u64,
+    /// Taken and not yet at an end.
+    pub in_flight: u64,
+    /// Forwarded to the tap.
+    pub forwarded: Counts,
+    /// Sent elsewhere by policy.
+    pub diverted: Counts,
+    /// Carried the normal label, whatever became of them.
+    pub normal: Counts,
+    /// Carried the suspect label, whatever became of them.
+    pub suspect: Counts,
+    /// Frames dropped, by reason.
+    pub dropped: Dropped,
+    /// Packets in dropped frames.
+    pub dropped_packets: u64,
+    /// Bytes in dropped frames.
+    pub dropped_bytes: u64,
+    /// What went to the tap.
+    pub tap: TapWrites,
+}
+
+/// What came for the guest: `reads = in_flight + delivered + diverted + sum(dropped)`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Receive {
+    /// Frames read from the tap.
+    pub reads: u64,
+    /// Read and not yet at an end.
+    pub in_flight: u64,
+    /// Delivered to the guest.
+    pub delivered: Counts,
+    /// Sent elsewhere by policy.
+    pub diverted: Counts,
+    /// Carried the normal label, whatever became of them.
+    pub normal: Counts,
+    /// Carried the suspect label, whatever became of them.
+    pub suspect: Counts,
+    /// Frames dropped, by reason.
+    pub dropped: Dropped,
+    /// Packets in dropped frames.
+    pub dropped_packets: u64,
+    /// Bytes in dropped frames.
+    pub dropped_bytes: u64,
+    /// What came from the tap.
+    pub tap: TapReads,
+}
+
+/// Writes to the tap: one may carry several frames.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TapWrites {
+    /// Writes.
+    pub writes: u64,
+    /// Their bytes, without the virtio-net header.
+    pub write_bytes: u64,
+}
+
+/// Reads from the tap.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TapReads {
+    /// Reads.
+    pub reads: u64,
+    /// Their bytes, without the virtio-net header.
+    pub read_bytes: u64,
+}
+
+/// Dropped frames by reason: a map from [`DropReason::name`], each reason present, in the order of the ledger.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Dropped(pub [u64; DropReason::COUNT]);
+
+/// `GET /v1/vms`: which VMs there are.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Vms {
+    /// [`VERSION`].
+    pub version: u32,
+    /// The host's name.
+    pub node: String,
+    /// Each VM.
+    pub vms: Vec<VmDocument>,
+}
+
+/// One VM's part of [`Vms`], and the answer to a change of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmDocument {
+    /// The VM's name.
+    pub name: String,
+    /// The VM's UUID, if it has one.
+    pub uuid: Option<Uuid>,
+    /// The label of its normal frames.
+    pub label: u32,
+    /// The label of its suspect frames.
+    pub suspect_label: u32,
+    /// True while an operator's tag puts every frame under the suspect label.
+    pub suspect: bool,
+    /// That tag.
+    pub tag: Option<Tag>,
+    /// What becomes of frames under the suspect label, by its name in the configuration.
+    pub suspect_action: String,
+    /// Its ports.
+    pub ports: Vec<PortDocument>,
+}
+
+/// One port's part of [`VmDocument`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortDocument {
+    /// Path of the vhost-user socket.
+    pub socket: String,
+    /// Which side makes the connection.
+    pub mode: Mode,
+    /// Name of the tap.
+    pub tap: String,
+    /// Network namespace of the tap, if it is not the host's.
+    pub netns: Option<String>,
+    /// True while a front end is connected.
+    pub connected: bool,
+    /// The MAC address that the guest is told, if one is configured.
+    pub mac: Option<String>,
+    /// The MTU that the guest is told, in bytes, once it is known.
+    pub mtu: Option<u16>,
+}
+
+impl Stats {
+    /// The document of this host.
+    #[must_use]
+    pub const fn new(node: String, vms: Vec<VmStats>) -> Self {
+        Self { version: VERSION, node, vms }
+    }
+}
+
+impl Vms {
+    /// The document of this host.
+    #[must_use]
+    pub const fn new(node: String, vms: Vec<VmDocument>) -> Self {
+        Self { version: VERSION, node, vms }
+    }
+}
+
+impl VmStats {
+    /// A VM without ports; `suspect` follows the tag.
+    #[must_use]
+    pub const fn new(name: String, uuid: Option<Uuid>, label: Label, tag: Option<Tag>) -> Self {
+        let (suspect_label, suspect) = (label.suspect(), tag.is_some());
+        Self { name, uuid, label: label.get(), suspect_label, suspect, tag, ports: Vec::new() }
+    }
+}
+
+impl VmDocument {
+    /// A VM without ports; `suspect` follows the tag.
+    #[must_use]
+    pub const fn new(
+        name: String,
+        uuid: Option<Uuid>,
+        label: Label,
+        tag: Option<Tag>,
+        suspect_action: String,
+    ) -> Self {
+        let (suspect_label, suspect) = (label.suspect(), tag.is_some());
+        let ports = Vec::new();
+        Self { name, uuid, label: label.get(), suspect_label, suspect, tag, suspect_action, ports }
+    }
+}
+
+impl From<Volume> for Counts {
+    fn from(Volume { frames, packets, bytes, wire_bytes }: Volume) -> Self {
+        Self { frames, packets, bytes, wire_bytes }
+    }
+}
+
+impl From<Counts> for Volume {
+    fn from(Counts { frames, packets, bytes, wire_bytes }: Counts) -> Self {
+        Self { frames, packets, bytes, wire_bytes }
+    }
+}
+
+impl From<&Totals> for Transmit {
+    fn from(totals: &Totals) -> Self {
+        Self {
+            chains: totals.chains,
+            in_flight: totals.in_flight,
+            forwarded: totals.passed.into(),
+            diverted: totals.diverted.into(),
+            normal: totals.normal.into(),
+            suspect: totals.suspect.into(),
+            dropped: Dropped(totals.dropped),
+            dropped_packets: totals.dropped_packets,
+            dropped_bytes: totals.dropped_bytes,
+            tap: TapWrites { writes: totals.tap_operations, write_bytes: totals.tap_bytes },
+        }
+    }
+}
+
+impl From<&Totals> for Receive {
+    fn from(totals: &Totals) -> Self {
+        Self {
+            reads: totals.chains,
+            in_flight: totals.in_flight,
+            delivered: totals.passed.into(),
+            diverted: totals.diverted.into(),
+            normal: totals.normal.into(),
+            suspect: totals.suspect.into(),
+            dropped: Dropped(totals.dropped),
+            dropped_packets: totals.dropped_packets,
+            dropped_bytes: totals.dropped_bytes,
+            tap: TapReads { reads: totals.tap_operations, read_bytes: totals.tap_bytes },
+        }
+    }
+}
+
+impl From<&Transmit> for Totals {
+    fn from(document: &Transmit) -> Self {
+        Self {
+            chains: document.chains,
+            in_flight: document.in_flight,
+            passed: document.forwarded.into(),
+            diverted: document.diverted.into(),
+            normal: document.normal.into(),
+            suspect: document.suspect.into(),
+            dropped: document.dropped.0,
+            dropped_packets: document.dropped_packets,
+            dropped_bytes: document.dropped_bytes,
+            tap_operations: document.tap.writes,
+            tap_bytes: document.tap.write_bytes,
+        }
+    }
+}
+
+impl From<&Receive> for Totals {
+    fn from(document: &Receive) -> Self {
+        Self {
+            chains: document.reads,
+            in_flight: document.in_flight,
+            passed: document.delivered.into(),
+            diverted: document.diverted.into(),
+            normal: document.normal.into(),
+            suspect: document.suspect.into(),
+            dropped: document.dropped.0,
+            dropped_packets: document.dropped_packets,
+            dropped_bytes: document.dropped_bytes,
+            tap_operations: document.tap.reads,
+            tap_bytes: document.tap.read_bytes,
+        }
+    }
+}
+
+impl Serialize for Dropped {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(DropReason::ALL.iter().map(|reason| reason.name()).zip(self.0))
+    }
+}
+
+impl<'de> Deserialize<'de> for Dropped {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(DroppedVisitor)
+    }
+}
+
+/// Reads [`Dropped`]. A reason that is missing counts 0: an older daemon has fewer. One that is unknown is an
+/// error: left out, it would look as if the ledger did not balance.
+struct DroppedVisitor;
+
+impl<'de> Visitor<'de> for DroppedVisitor {
+    type Value = Dropped;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a map from drop reasons to frames")
+    }
+
+    fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> Result<Dropped, M::Error> {
+        let mut dropped = Dropped::default();
+        while let Some((name, frames)) = map.next_entry::<String, u64>()? {
+            let place = DropReason::ALL.iter().zip(&mut dropped.0).find(|(r, _)| r.name() == name);
+            let Some((_, place)) = place else {
+                return Err(de::Error::custom(format!("`{name}` is a drop reason of a newer vmflow")));
+            };
+            *place = frames;
+        }
+        Ok(dropped)
+    }
+}
+
+/// A point in time as RFC 3339 has it, in UTC and whole seconds: `2026-11-23T20:30:23Z`. Times before 1970 are
+/// taken for its first second.
+#[must_use]
+pub fn rfc3339(time: SystemTime) -> String {
+    const DAY: u64 = 24 * 60 * 60;
+    let seconds = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs();
+    let (year, month, day) = civil_date(seconds / DAY);
+    let (hour, minute, second) = (seconds % DAY / 3600, seconds % 3600 / 60, seconds % 60);
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
+}
+
+/// Year, month and day of a day counted from 1970-01-01.
+///
+/// The year is taken to begin in March: then the leap day is its last, and the months' lengths follow one rule
+/// (153 days in five months, from March and again from August).
+const fn civil_date(days: u64) -> (u64, u64, u64) {
+    const TO_MARCH_OF_YEAR_0: u64 = 719_468;
+    const DAYS_IN_400_YEARS: u64 = 146_097;
+    let days = days + TO_MARCH_OF_YEAR_0;
+    let (era, day_of_era) = (days / DAYS_IN_400_YEARS, days % DAYS_IN_400_YEARS);
+    // Take out the leap days: one in 4 years, but not in 100, but in 400.
+    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month_from_march = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
+    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
+    let year = era * 400 + year_of_era + if month <= 2 { 1 } else { 0 };
+    (year, month, day)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Counters that all differ, so that no two can be mixed up unseen.
+    fn distinct() -> Totals {
+        let mut words = [0; Totals::WORDS];
+        for (word, n) in words.iter_mut().zip(1000..) {
+            *word = n;
+        }
+        Totals::from_words(&words)
+    }
+
+    #[test]
+    fn every_counter_of_the_ledger_survives_the_way_through_the_document() {
+        let totals = distinct();
+        let text = serde_json::to_string(&Transmit::from(&totals)).unwrap();
+        assert_eq!(Totals::from(&serde_json::from_str::<Transmit>(&text).unwrap()), totals);
+        let text = serde_json::to_string(&Receive::from(&totals)).unwrap();
+        assert_eq!(Totals::from(&serde_json::from_str::<Receive>(&text).unwrap()), totals);
+    }
+
+    #[test]
+    fn a_missing_reason_is_zero_and_an_unknown_one_is_an_error() {
+        let dropped: Dropped = serde_json::from_str(r#"{"runt": 7}"#).unwrap();
+        assert_eq!(dropped.0.iter().sum::<u64>(), 7);
+        assert_eq!(dropped.0[DropReason::Runt.index()], 7);
+        let error = serde_json::from_str::<Dropped>(r#"{"boredom": 7}"#).unwrap_err();
+        assert!(error.to_string().starts_with("`boredom` is a drop reason of a newer vmflow"), "{error}");
+    }
+
+    #[test]
+    fn a_tag_is_a_key_of_the_statistics_only_while_it_is_there() {
+        let label = Label::new(7).unwrap();
+        let vm = VmStats::new("web1".into(), None, label, None);
+        assert!(!serde_json::to_string(&vm).unwrap().contains("tag"));
+        let tag = Tag { reason: "scan".into(), by: "root".into(), since: rfc3339(SystemTime::UNIX_EPOCH) };
+        let vm = VmStats::new("web1".into(), None, label, Some(tag));
+        let json = serde_json::to_value(&vm).unwrap();
+        assert_eq!(json["suspect"], true);
+        assert_eq!(json["tag"]["since"], "1970-01-01T00:00:00Z");
+    }
+
+    #[test]
+    fn times_are_written_as_date_writes_them() {
+        // From `date -u -d @SECONDS +%FT%TZ`.
+        for (seconds, text) in [
+            (0, "1970-01-01T00:00:00Z"),
+            (951_782_399, "2000-02-28T23:59:59Z"),
+            (951_868_799, "2000-02-29T23:59:59Z"),
+            (951_868_800, "2000-03-01T00:00:00Z"),
+            (1_735_689_599, "2024-12-31T23:59:59Z"),
+            (4_107_542_400, "2100-03-01T00:00:00Z"),
+        ] {
+            assert_eq!(rfc3339(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)), text);
+        }
+    }
+}
