@@ -292,6 +292,7 @@ fn curl_gets_the_statistics_key_by_key_from_both_sockets() {
     }
     let (head, _) = curl(&daemon.stats(), &["--include", "http://vmflow/v1/vms"]);
     assert!(head.starts_with("HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"), "{head}");
+    assert!(head.contains("\r\nconnection: close\r\n"), "a connection serves one request: {head}");
 }
 
 #[test]

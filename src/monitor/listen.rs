@@ -174,7 +174,7 @@ pub fn bind_unix(path: &Path, access: &Access) -> Result<Bound, BindError> {
     lock_name.push(name);
     lock_name.push(".lock");
     let lock_path = directory.join(lock_name);
-    let lock = take_lock(lock_path, path)?;
+    let lock = take_lock(&lock_path, path)?;
     remove_stale(path, &address)?;
 
     let socket = bind_private(path, &address)?;
@@ -210,22 +210,25 @@ pub fn ensure_directory(path: &Path, access: &Access) -> Result<bool, BindError>
 }
 
 /// Takes the lock, or says that another process has it.
-fn take_lock(path: PathBuf, socket_path: &Path) -> Result<Lock, BindError> {
+fn take_lock(path: &Path, socket_path: &Path) -> Result<Lock, BindError> {
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     loop {
-        let file = rustix::fs::open(&path, flags, Mode::from_raw_mode(PRIVATE_MODE))
-            .map_err(failed("open the lock file", &path))?;
-        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
+        let file = rustix::fs::open(path, flags, Mode::from_raw_mode(PRIVATE_MODE))
+            .map_err(failed("open the lock file", path))?;
+        match lock(path, file) {
+            Ok(Some(lock)) => return Ok(lock),
+            Ok(None) => {}
             Err(Errno::WOULDBLOCK) => return Err(BindError::InUse(socket_path.to_owned())),
-            Err(errno) => return Err(failed("lock", &path)(errno)),
-        }
-        // The holder before us removed the file as it left: then what we locked has no name any more, and
-        // keeps nobody out.
-        if is_same_file(&path, file.as_fd()) {
-            return Ok(Lock { path, file });
+            Err(errno) => return Err(failed("lock", path)(errno)),
         }
     }
+}
+
+/// Locks the file; none where the holder before us removed it as it left, after it was opened: then it has no
+/// name any more, and keeps nobody out.
+fn lock(path: &Path, file: OwnedFd) -> Result<Option<Lock>, Errno> {
+    rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+    Ok(is_same_file(path, file.as_fd()).then(|| Lock { path: path.to_owned(), file }))
 }
 
 /// Removes a socket that nobody listens on. The lock is held.
@@ -301,9 +304,12 @@ fn is_same_file(path: &Path, file: BorrowedFd<'_>) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::{
-        fs::{MetadataExt, PermissionsExt},
-        net::{UnixDatagram, UnixStream},
+    use std::{
+        os::unix::{
+            fs::{MetadataExt, PermissionsExt},
+            net::{UnixDatagram, UnixStream},
+        },
+        sync::atomic::{AtomicUsize, Ordering},
     };
 
     use super::*;
@@ -367,6 +373,52 @@ mod tests {
         drop(first);
         assert!(names(directory.path()).is_empty(), "neither socket nor lock file stays");
         bind_unix(&path, &Access::mode(0o600)).unwrap();
+    }
+
+    #[test]
+    fn a_lock_on_a_file_that_was_removed_is_none() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join(".a.sock.lock");
+        let open = || OwnedFd::from(std::fs::File::create(&path).unwrap());
+        let (first, second) = (lock(&path, open()).unwrap().unwrap(), open());
+        drop(first);
+        assert!(!path.exists());
+        // Meanwhile a third one comes, whose lock must stay the only one.
+        let third = lock(&path, open()).unwrap().unwrap();
+        assert!(lock(&path, second).unwrap().is_none());
+        assert!(path.exists());
+        assert_eq!(lock(&path, open()).unwrap_err(), Errno::WOULDBLOCK);
+        drop(third);
+    }
+
+    #[test]
+    fn of_many_that_want_one_name_at_once_one_has_it() {
+        const RIVALS: usize = 4;
+        const ROUNDS: usize = 500;
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a.sock");
+        drop(UnixListener::bind(&path).unwrap());
+        let (holders, wins) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let compete = || {
+            for _ in 0..ROUNDS {
+                match bind_unix(&path, &Access::mode(0o600)) {
+                    Ok(bound) => {
+                        assert_eq!(holders.fetch_add(1, Ordering::SeqCst), 0, "two have it");
+                        assert!(is_same_file(&path, bound.claim.socket.as_fd()));
+                        wins.fetch_add(1, Ordering::SeqCst);
+                        holders.fetch_sub(1, Ordering::SeqCst);
+                    }
+                    Err(error) => assert!(matches!(error, BindError::InUse(_)), "{error:?}"),
+                }
+            }
+        };
+        std::thread::scope(|scope| {
+            for _ in 0..RIVALS {
+                scope.spawn(compete);
+            }
+        });
+        assert!(wins.load(Ordering::SeqCst) > 0);
+        assert!(names(directory.path()).is_empty());
     }
 
     #[test]
