@@ -1,7 +1,57 @@
-//! vmflow.
+//! vmflow: a vhost-user-net backend that knows whose frame it is.
+//!
+//! It sits between a VM's virtqueues and a tap, and answers for every VM on the host: what did this VM really
+//! send and receive, was any of it suspect, and was that stopped? The answer holds where VMs share an address
+//! or sit behind NAT, because the identity is not read from packets: it is the label of the virtqueue that a
+//! frame came through, given before any front end connects.
+//!
+//! # Processes
+//!
+//! ```text
+//!  vmflow serve   monitor      owns taps, sockets, labels, policies; reads ledgers; answers the API
+//!    |
+//!    +-- port --- keeper       the front end's connection: looks at each vhost-user message (the gate);
+//!    |              |          one thread, never maps guest memory
+//!    |            worker       forked by the keeper: maps guest memory, moves frames, writes the ledger
+//!    +-- port --- ...
+//! ```
+//!
+//! One keeper and one worker for each port: a guest or VMM that breaks its port breaks only itself. Both run
+//! as a user of their own, without capabilities, in empty network and mount namespaces. The ledger is shared
+//! memory that the monitor made, and outlives them; whose ledger it is, the monitor knows, so not even a
+//! broken worker can speak for another VM.
+//!
+//! # The tree is the path of a frame
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`config`], [`cli`] | what the operator wrote: loose as written, then strict as meant |
+//! | [`label`] | the numbers that VMs are known by |
+//! | [`monitor`] | start-up order; [`monitor::registry`] labels on disk, [`monitor::doorbell`] front ends come, [`monitor::ports`] one port's life, [`monitor::spawn`] keepers start, [`monitor::link`] the tap as an interface, [`monitor::api`] HTTP on unix sockets |
+//! | [`tap`] | taps: made, taken over, set up |
+//! | [`keeper`] | one connection: [`keeper::message`] vhost-user on the wire, [`keeper::gate`] what is let through, [`keeper::memory`] regions, [`keeper::door`] rights given up, [`keeper::worker`] the session with the worker |
+//! | [`worker`] | [`worker::device`] events to queues, [`worker::vring`] the crate's ring, mended |
+//! | [`path`] | a frame from ring to tap and from tap to ring: take, label, inspect, judge, forward or place, account, publish |
+//! | [`wire`] | what a frame's bytes say: pure functions |
+//! | [`policy`] | what a worker is told to do, and how it reaches it |
+//! | [`ledger`] | what was counted |
+//! | [`client`] | what the other subcommands show |
+//!
+//! # What holds everywhere
+//!
+//! * **Directions are the guest's**: *transmit* is what the guest sends.
+//! * **The ledger balances** at any time between two batches ([`ledger::totals`]), and a batch is in the ledger
+//!   before the guest can see that it is done.
+//! * **The bytes that are judged are the bytes that are sent**: guest memory is read once, by copy, and the
+//!   virtio-net header is rebuilt ([`wire::vnet`]).
+//! * **An order that matters is a type** ([`path`]): a frame cannot be forwarded before its verdict, nor given
+//!   back uncounted.
+//! * **A guest can cause a counted drop**: never an error, a panic, an allocation or an unlimited log line.
+//! * `unsafe` is in a few files, each named in `tests/style.rs`.
 
 pub mod client;
 pub mod label;
 pub mod ledger;
 pub mod monitor;
 pub mod policy;
+pub mod wire;
