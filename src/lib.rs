@@ -50,8 +50,11 @@
 //! * `unsafe` is in a few files, each named in `tests/style.rs`.
 
 pub mod client;
+pub mod features;
 pub mod label;
 pub mod ledger;
 pub mod monitor;
+pub mod path;
 pub mod policy;
+pub mod tap;
 pub mod wire;

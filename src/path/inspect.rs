@@ -1,0 +1,122 @@
+//! What a frame is: its headers, its size in every unit, and whether its offloads are what they claim.
+
+use super::{
+    batch::Batch,
+    chain::Chain,
+    label::Labelled,
+    place::{ReceiveBuffer, TapFrame},
+};
+use crate::{
+    label::FrameLabel,
+    ledger::{DropReason, Volume},
+    wire::{
+        Headers,
+        vnet::{self, Checked, NegotiatedOffloads, OffloadFault, Size},
+    },
+};
+
+/// Shortest frame: an Ethernet header (IEEE 802.3, without padding).
+const ETHERNET_HEADER: usize = 14;
+
+/// What the port's two sides agreed on.
+#[derive(Clone, Copy, Debug)]
+pub struct Link {
+    /// The tap's MTU in bytes: the longest IP packet.
+    pub mtu: u16,
+    /// Offloads that the driver acknowledged.
+    pub negotiated: NegotiatedOffloads,
+    /// Length of the guest's virtio-net header in bytes: 12, or 10 for a legacy driver.
+    pub header_len: usize,
+}
+
+/// A frame that was looked at.
+#[derive(Debug)]
+#[must_use]
+pub struct Inspected<F> {
+    frame: F,
+    label: FrameLabel,
+    volume: Volume,
+    fault: Option<DropReason>,
+}
+
+impl<F> Inspected<F> {
+    pub(super) const fn fault(&self) -> Option<DropReason> {
+        self.fault
+    }
+    pub(super) fn into_parts(self) -> (F, FrameLabel, Volume) {
+        (self.frame, self.label, self.volume)
+    }
+}
+
+/// Looks at a frame that the guest sends, and puts a rebuilt virtio-net header in front of it.
+pub fn transmitted(labelled: Labelled<Chain>, batch: &mut Batch<'_, '_>, link: &Link) -> Inspected<Chain> {
+    let chain = labelled.frame();
+    let len = batch.len(chain);
+    let findings = if batch.fault(chain).is_some() {
+        Findings::malformed()
+    } else if len < ETHERNET_HEADER {
+        Findings::plain(len, Some(DropReason::Runt))
+    } else {
+        let headers = Headers::parse(batch.prefix(chain), len);
+        let header = batch.header(chain, link.header_len);
+        let checked = vnet::check_transmit(header, &headers, len, link.negotiated);
+        if let Ok(checked) = &checked {
+            batch.set_header(chain, checked.header());
+        }
+        Findings::of(checked, &headers, len, link)
+    };
+    findings.into_inspected(labelled)
+}
+
+/// Looks at a frame that the tap gave us for the guest.
+pub fn received(
+    labelled: Labelled<TapFrame>,
+    buffer: &mut ReceiveBuffer,
+    link: &Link,
+) -> Inspected<TapFrame> {
+    let len = buffer.len();
+    let findings = if len < ETHERNET_HEADER {
+        Findings::plain(len, Some(DropReason::Runt))
+    } else {
+        let headers = Headers::parse(buffer.prefix(), len);
+        let checked = vnet::check_receive(buffer.header(), &headers, len, link.negotiated);
+        if let Ok(checked) = &checked {
+            buffer.set_header(checked.header());
+        }
+        Findings::of(checked, &headers, len, link)
+    };
+    findings.into_inspected(labelled)
+}
+
+struct Findings {
+    volume: Volume,
+    fault: Option<DropReason>,
+}
+
+impl Findings {
+    /// A malformed chain counts as one packet of no bytes.
+    const fn malformed() -> Self {
+        Self { volume: Volume::frame(1, 0, 0), fault: Some(DropReason::Malformed) }
+    }
+
+    const fn plain(len: usize, fault: Option<DropReason>) -> Self {
+        Self { volume: Volume::frame(1, len as u64, len as u64), fault }
+    }
+
+    fn of(checked: Result<Checked, OffloadFault>, headers: &Headers, len: usize, link: &Link) -> Self {
+        match checked {
+            Ok(checked) => {
+                let Size { packets, bytes, wire_bytes } = checked.size();
+                let fault = (!checked.fits_mtu(headers, len, link.mtu)).then_some(DropReason::Oversize);
+                Self { volume: Volume::frame(packets, bytes, wire_bytes), fault }
+            }
+            Err(OffloadFault::NotNegotiated) => Self::plain(len, Some(DropReason::NotNegotiated)),
+            Err(OffloadFault::BadOffload(_)) => Self::plain(len, Some(DropReason::BadOffload)),
+        }
+    }
+
+    fn into_inspected<F>(self, labelled: Labelled<F>) -> Inspected<F> {
+        let (frame, label) = labelled.into_parts();
+        Inspected { frame, label, volume: self.volume, fault: self.fault }
+    }
+}

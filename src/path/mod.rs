@@ -1,0 +1,93 @@
+//! The path of a frame between a guest's virtqueues and its tap.
+//!
+//! ```text
+//! transmit  ring.take -> Chain ---> Labelled -> Inspected -> Judged -> Outcome -> Recorded -> ring.give_back
+//! receive   tap.read --> TapFrame -> Labelled -> Inspected -> Judged -> Outcome -> Recorded -> ring.give_back
+//!                                   label       inspect      judge     forward    account     ring.publish
+//!                                                                      place
+//! ```
+//!
+//! Each type has private fields and is made in one module, by consuming the one before it; so the order of the
+//! steps is not a habit but a rule that the compiler keeps:
+//!
+//! A frame that was not labelled cannot be inspected:
+//! ```compile_fail,E0308
+//! # use vmflow::path::{chain::Chain, batch::Batch, inspect::{self, Link}};
+//! fn skip_label(chain: Chain, batch: &mut Batch, link: &Link) { inspect::transmitted(chain, batch, link); }
+//! ```
+//! Only the label step makes a [`label::Labelled`]:
+//! ```compile_fail,E0451
+//! # use vmflow::{path::{chain::Chain, label::Labelled}, label::FrameLabel};
+//! fn forge(frame: Chain, label: FrameLabel) -> Labelled<Chain> { Labelled { frame, label } }
+//! ```
+//! A frame that was not judged cannot be forwarded:
+//! ```compile_fail,E0308
+//! # use vmflow::path::{chain::Chain, batch::Batch, inspect::Inspected, forward::{self, Tap}};
+//! fn skip_verdict(frame: Inspected<Chain>, batch: &Batch, tap: &Tap) { let _ = forward::forward(frame, batch, tap); }
+//! ```
+//! Nor can one frame be forwarded twice:
+//! ```compile_fail,E0382
+//! # use vmflow::path::{chain::Chain, batch::Batch, judge::Judged, forward::{self, Tap}};
+//! fn twice(frame: Judged<Chain>, batch: &Batch, tap: &Tap) {
+//!     let _ = forward::forward(frame, batch, tap);
+//!     let _ = forward::forward(frame, batch, tap);
+//! }
+//! ```
+//! A frame that was not counted cannot be given back to the guest:
+//! ```compile_fail,E0308
+//! # use vmflow::path::{chain::Chain, forward::Outcome, ring::OpenRing};
+//! fn skip_account(outcome: Outcome<Chain>, ring: &mut OpenRing) { ring.give_back(outcome); }
+//! ```
+//! And nothing becomes visible to the guest before it is in the ledger:
+//! ```compile_fail,E0061
+//! # use vmflow::path::ring::OpenRing;
+//! fn skip_ledger(ring: OpenRing) { ring.publish(); }
+//! ```
+//!
+//! Guest memory is read once, by copy; what is judged is what is sent. A guest's fault is a value, never an
+//! error: nothing in here allocates, panics or logs.
+
+#![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
+
+pub mod account;
+pub mod batch;
+pub mod chain;
+pub mod forward;
+pub mod inspect;
+pub mod judge;
+pub mod label;
+pub mod place;
+pub mod receive;
+pub mod ring;
+pub mod transmit;
+
+#[cfg(test)]
+mod tests;
+
+use crate::policy::Policy;
+use forward::Tap;
+use inspect::Link;
+use ring::QueueFault;
+
+/// What a turn of either direction needs to know of its port.
+#[derive(Clone, Copy, Debug)]
+pub struct Port<'p> {
+    /// What to do with frames.
+    pub policy: &'p Policy,
+    /// What both sides agreed on.
+    pub link: Link,
+    /// Where frames go to and come from.
+    pub tap: &'p Tap,
+}
+
+/// What a turn leaves to be done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[must_use]
+pub struct Turn {
+    /// The guest is to be signalled: something was published, and it wants to know.
+    pub signal: bool,
+    /// There is more to do: another turn, after other events had theirs.
+    pub more: bool,
+    /// The guest broke its queue: it stops until the guest resets it.
+    pub fault: Option<QueueFault>,
+}

@@ -1,0 +1,126 @@
+//! One turn of receive: frames from the tap to the guest.
+//!
+//! A frame is read only when the guest has a buffer for it to begin in. If there are too few for all of it,
+//! the frame is held (at most one: `in_flight`) until the guest offers more.
+
+use virtio_queue::Queue;
+
+use super::{
+    Port, Turn, account,
+    batch::FRAMES,
+    forward::{Fate, Outcome},
+    inspect,
+    judge::{Judged, judge},
+    label,
+    place::{Placed, ReceiveBuffer, TapFrame, place},
+    ring::{Areas, Memory, OpenRing, QueueFault},
+};
+use crate::ledger::{Account, DropReason};
+
+/// What a receive queue keeps between its turns.
+#[derive(Debug)]
+pub struct Receive {
+    buffer: ReceiveBuffer,
+    held: Option<Judged<TapFrame>>,
+    account: Account,
+}
+
+/// Why a turn ended.
+enum End {
+    /// The tap has no frame.
+    TapEmpty,
+    /// The guest has no buffer for a frame to begin in.
+    RingEmpty,
+    /// A frame waits for more buffers.
+    Waits,
+    /// The turn is full; there may be more.
+    Full,
+    Fault(QueueFault),
+}
+
+impl Receive {
+    /// Counts in this account.
+    #[must_use]
+    pub fn new(account: Account) -> Self {
+        Self { buffer: ReceiveBuffer::default(), held: None, account }
+    }
+
+    /// Moves up to [`FRAMES`] frames. `mergeable`: the driver negotiated `MRG_RXBUF`.
+    pub fn turn(&mut self, queue: &mut Queue, memory: &Memory, port: &Port<'_>, mergeable: bool) -> Turn {
+        let areas = Areas::find(queue, memory);
+        let mut ring =
+            match areas.as_ref().map_err(|fault| *fault).and_then(|areas| OpenRing::open(queue, areas)) {
+                Ok(ring) => ring,
+                Err(fault) => return self.fault(Turn::default(), fault),
+            };
+        ring.suppress();
+        let before = *self.account.totals();
+        let end = self.fill(&mut ring, port, mergeable);
+        let more = match end {
+            End::TapEmpty => Ok(false),
+            End::Full => Ok(true),
+            End::RingEmpty => ring.rearm(),
+            End::Waits => ring.rearm_for_more(),
+            End::Fault(fault) => Err(fault),
+        };
+        let signal = before != *self.account.totals() && ring.publish(self.account.commit());
+        match more {
+            Ok(more) => Turn { signal, more, fault: None },
+            Err(fault) => self.fault(Turn { signal, ..Turn::default() }, fault),
+        }
+    }
+
+    fn fill(&mut self, ring: &mut OpenRing<'_, '_>, port: &Port<'_>, mergeable: bool) -> End {
+        for _ in 0..FRAMES {
+            let judged = match self.next(ring, port) {
+                Ok(judged) => judged,
+                Err(end) => return end,
+            };
+            match place(judged, &mut self.buffer, ring, &port.link, mergeable) {
+                Placed::Done(outcome) => {
+                    let recorded = account::received(self.account.totals(), outcome);
+                    ring.give_back_placed(recorded, &mut self.buffer);
+                }
+                Placed::Waits(judged) => {
+                    self.held = Some(judged);
+                    return End::Waits;
+                }
+                Placed::Broken(judged, fault) => {
+                    self.held = Some(judged);
+                    return End::Fault(fault);
+                }
+            }
+        }
+        End::Full
+    }
+
+    /// The frame that waits, or the next one from the tap.
+    fn next(&mut self, ring: &mut OpenRing<'_, '_>, port: &Port<'_>) -> Result<Judged<TapFrame>, End> {
+        if let Some(held) = self.held.take() {
+            return Ok(held);
+        }
+        match ring.has_next() {
+            Ok(true) => {}
+            Ok(false) => return Err(End::RingEmpty),
+            Err(fault) => return Err(End::Fault(fault)),
+        }
+        let frame = self.buffer.read(port.tap).ok_or(End::TapEmpty)?;
+        account::read(self.account.totals(), self.buffer.len() as u64);
+        let inspected = inspect::received(label::attach(frame, port.policy), &mut self.buffer, &port.link);
+        Ok(judge(inspected, port.policy))
+    }
+
+    /// The ring stops: a frame that still waits is at its end.
+    pub fn stop(&mut self, why: DropReason) {
+        if let Some(judged) = self.held.take() {
+            let _nothing_to_give_back =
+                account::received(self.account.totals(), Outcome::new(judged, Fate::Dropped(why)));
+            let _nothing_to_publish = self.account.commit();
+        }
+    }
+
+    fn fault(&mut self, turn: Turn, fault: QueueFault) -> Turn {
+        self.account.queue_fault();
+        Turn { fault: Some(fault), ..turn }
+    }
+}

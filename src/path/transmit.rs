@@ -1,0 +1,106 @@
+//! One turn of transmit: up to a batch of frames from the guest to the tap.
+
+use arrayvec::ArrayVec;
+use virtio_queue::Queue;
+
+use super::{
+    Port, Turn, account,
+    batch::{Batch, FRAMES, Storage},
+    chain::{Chain, Purpose},
+    forward::forward,
+    inspect,
+    judge::{Judged, judge},
+    label,
+    ring::{Areas, Memory, OpenRing, Pieces, QueueFault},
+};
+use crate::ledger::Account;
+
+/// What a transmit queue keeps between its turns.
+#[derive(Debug)]
+pub struct Transmit {
+    storage: Storage,
+    account: Account,
+}
+
+/// Why a batch ended.
+enum End {
+    /// The ring is empty.
+    Empty,
+    /// The batch is full; there may be more.
+    Full,
+    Fault(QueueFault),
+}
+
+impl Transmit {
+    /// Counts in this account.
+    #[must_use]
+    pub fn new(account: Account) -> Self {
+        Self { storage: Storage::default(), account }
+    }
+
+    /// Moves up to [`FRAMES`] frames.
+    pub fn turn(&mut self, queue: &mut Queue, memory: &Memory, port: &Port<'_>) -> Turn {
+        let areas = Areas::find(queue, memory);
+        let mut ring =
+            match areas.as_ref().map_err(|fault| *fault).and_then(|areas| OpenRing::open(queue, areas)) {
+                Ok(ring) => ring,
+                Err(fault) => return self.fault(Turn::default(), fault),
+            };
+        ring.suppress();
+        let mut batch = self.storage.begin();
+        let mut frames = ArrayVec::new();
+        let end = fill(&mut ring, &mut batch, &mut frames, port);
+        let taken = frames.len();
+        let mut waiting = u16::try_from(taken).unwrap_or(u16::MAX);
+        for judged in frames {
+            let Ok(outcome) = forward(judged, &batch, port.tap) else { break };
+            ring.give_back(account::transmitted(self.account.totals(), outcome));
+            waiting = waiting.saturating_sub(1);
+        }
+        // The tap is full: the frame that it refused, and everything after it, goes back untouched. The tap
+        // tells when there is room.
+        let tap_full = waiting > 0;
+        ring.untake(waiting);
+        let more = match end {
+            End::Empty if !tap_full => ring.rearm(),
+            End::Full if !tap_full => Ok(true),
+            End::Fault(fault) if !tap_full => Err(fault),
+            _ => Ok(false),
+        };
+        let signal = taken > 0 && ring.publish(self.account.commit());
+        match more {
+            Ok(more) => Turn { signal, more, fault: None },
+            Err(fault) => self.fault(Turn { signal, ..Turn::default() }, fault),
+        }
+    }
+
+    fn fault(&mut self, turn: Turn, fault: QueueFault) -> Turn {
+        self.account.queue_fault();
+        Turn { fault: Some(fault), ..turn }
+    }
+}
+
+/// Takes, labels, inspects and judges frames until the ring is empty or the batch full.
+fn fill<'m>(
+    ring: &mut OpenRing<'_, 'm>,
+    batch: &mut Batch<'_, 'm>,
+    frames: &mut ArrayVec<Judged<Chain>, FRAMES>,
+    port: &Port<'_>,
+) -> End {
+    let mut pieces = Pieces::new();
+    while !frames.is_full() {
+        pieces.clear();
+        let walked = match ring.take(Purpose::Transmit, &mut pieces) {
+            Ok(Some(walked)) => walked,
+            Ok(None) => return End::Empty,
+            Err(fault) => return End::Fault(fault),
+        };
+        let Ok(chain) = batch.take(walked, &pieces, port.link.header_len) else {
+            ring.untake(1);
+            return End::Full;
+        };
+        let inspected = inspect::transmitted(label::attach(chain, port.policy), batch, &port.link);
+        frames.push(judge(inspected, port.policy));
+    }
+    End::Full
+}

@@ -1,0 +1,166 @@
+//! Taps: made, taken over and set up by the monitor; the worker only reads, writes and sets offloads.
+
+#![expect(unsafe_code, reason = "the TUN driver is driven by ioctls")]
+
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+};
+
+use rustix::fs::{Mode, OFlags, open};
+
+use crate::{features, wire::vnet::HEADER_LEN};
+
+/// Longest interface name in bytes (IFNAMSIZ without the final zero).
+pub const NAME_MAX: usize = libc::IFNAMSIZ - 1;
+
+/// The owner of our taps: a user that nobody runs as. Without an owner any local user could attach to a
+/// queue of the tap and inject frames that no ledger has seen.
+const NOBODY: u32 = u32::MAX - 1;
+
+/// Why a tap cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum TapError {
+    /// The TUN driver is not there or not for us.
+    #[error("cannot open /dev/net/tun: {0}: vmflow needs the tun driver and CAP_NET_ADMIN")]
+    Driver(#[source] io::Error),
+    /// Somebody else uses the interface.
+    #[error("tap {0} is in use by another program")]
+    Busy(String),
+    /// There is an interface of that name that is no tap.
+    #[error("{0} exists and is not a tap: {1}")]
+    NotATap(String, #[source] io::Error),
+    /// We may not.
+    #[error("no permission to create or attach to tap {0}: vmflow needs CAP_NET_ADMIN")]
+    Permission(String),
+    /// The descriptor that was handed in is no tap, or not this one.
+    #[error("the descriptor handed in as {0} is not that tap")]
+    NotThisTap(String),
+    /// A step of the set-up.
+    #[error("tap {0}: cannot set {1}: {2}")]
+    Setup(String, &'static str, #[source] io::Error),
+}
+
+/// Creates a tap, or attaches to the one of that name; sets owner and header size. The link stays as it is.
+///
+/// # Errors
+/// [`TapError`].
+pub fn attach(name: &str) -> Result<OwnedFd, TapError> {
+    let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let fd = open("/dev/net/tun", flags, Mode::empty()).map_err(|e| TapError::Driver(e.into()))?;
+    let kind = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    let mut attached = set_interface(&fd, name, kind);
+    if attached.as_ref().is_err_and(|e| e.raw_os_error() == Some(libc::EINVAL)) {
+        // A tap that was made with `multi_queue` wants to be asked for as one.
+        attached = set_interface(&fd, name, kind | libc::IFF_MULTI_QUEUE);
+    }
+    attached.map_err(|e| match e.raw_os_error() {
+        Some(libc::EBUSY) => TapError::Busy(name.into()),
+        Some(libc::EPERM) => TapError::Permission(name.into()),
+        _ => TapError::NotATap(name.into(), e),
+    })?;
+    prepare(&fd, name)?;
+    Ok(fd)
+}
+
+/// Takes a tap that was handed in as a descriptor.
+///
+/// # Errors
+/// [`TapError::NotThisTap`] if it is none, or of another name or kind.
+pub fn adopt(fd: OwnedFd, name: &str) -> Result<OwnedFd, TapError> {
+    let (found, flags) = interface(&fd).map_err(|_| TapError::NotThisTap(name.into()))?;
+    let kind = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    if found != name || i32::from(flags) & kind != kind {
+        return Err(TapError::NotThisTap(name.into()));
+    }
+    let nonblocking =
+        rustix::fs::fcntl_getfl(&fd).and_then(|flags| rustix::fs::fcntl_setfl(&fd, flags | OFlags::NONBLOCK));
+    nonblocking.map_err(|e| TapError::Setup(name.into(), "non-blocking mode", e.into()))?;
+    prepare(&fd, name)?;
+    Ok(fd)
+}
+
+fn prepare(fd: &OwnedFd, name: &str) -> Result<(), TapError> {
+    let setup = |what, done: io::Result<()>| done.map_err(|e| TapError::Setup(name.into(), what, e));
+    setup("its owner", by_value(fd, libc::TUNSETOWNER, NOBODY.into()))?;
+    setup("the header size", by_pointer(fd, libc::TUNSETVNETHDRSZ, int(HEADER_LEN)))?;
+    setup("its offloads", set_offloads(fd, 0))
+}
+
+/// Switches the link's carrier: the host sees whether a front end is connected.
+///
+/// # Errors
+/// Whatever the ioctl says; before Linux 5.0 there is no such switch.
+pub fn set_carrier(fd: impl AsFd, on: bool) -> io::Result<()> {
+    by_pointer(fd, libc::TUNSETCARRIER, on.into())
+}
+
+/// Tells the kernel which frames the guest takes unfinished, by the features that its driver acknowledged.
+///
+/// # Errors
+/// Whatever the ioctl says.
+pub fn set_offloads(fd: impl AsFd, acked: u64) -> io::Result<()> {
+    let pairs = [
+        (features::GUEST_TSO4, libc::TUN_F_TSO4),
+        (features::GUEST_TSO6, libc::TUN_F_TSO6),
+        (features::GUEST_ECN, libc::TUN_F_TSO_ECN),
+    ];
+    let mut flags = 0;
+    if acked & features::GUEST_CSUM != 0 {
+        // Segmentation is possible only where checksums may be left out.
+        flags = pairs.iter().fold(
+            libc::TUN_F_CSUM,
+            |all, (feature, flag)| {
+                if acked & feature != 0 { all | flag } else { all }
+            },
+        );
+    }
+    by_value(fd, libc::TUNSETOFFLOAD, flags.into())
+}
+
+/// TUNSETIFF.
+fn set_interface(fd: &OwnedFd, name: &str, flags: libc::c_int) -> io::Result<()> {
+    let mut request = ifreq(name);
+    request.ifr_ifru.ifru_flags = libc::c_short::try_from(flags).unwrap_or_default();
+    // SAFETY: TUNSETIFF reads and writes one `struct ifreq`, which `request` is.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETIFF, &raw mut request) })
+}
+
+/// TUNGETIFF: name and flags.
+fn interface(fd: &OwnedFd) -> io::Result<(String, libc::c_short)> {
+    let mut request = ifreq("");
+    // SAFETY: TUNGETIFF writes one `struct ifreq`, which `request` is.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNGETIFF, &raw mut request) })?;
+    let bytes = request.ifr_name.iter().take_while(|c| **c != 0).map(|c| c.cast_unsigned()).collect();
+    // SAFETY: TUNGETIFF fills in the flags, and any bits are valid ones.
+    let flags = unsafe { request.ifr_ifru.ifru_flags };
+    Ok((String::from_utf8(bytes).unwrap_or_default(), flags))
+}
+
+fn ifreq(name: &str) -> libc::ifreq {
+    let mut bytes = [0; libc::IFNAMSIZ];
+    for (byte, c) in bytes[..NAME_MAX].iter_mut().zip(name.bytes()) {
+        *byte = c.cast_signed();
+    }
+    libc::ifreq { ifr_name: bytes, ifr_ifru: libc::__c_anonymous_ifr_ifru { ifru_flags: 0 } }
+}
+
+/// An ioctl whose argument is the value itself.
+fn by_value(fd: impl AsFd, request: libc::Ioctl, value: libc::c_ulong) -> io::Result<()> {
+    // SAFETY: these requests (TUNSETOWNER, TUNSETOFFLOAD) take an integer and touch no memory.
+    check(unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), request, value) })
+}
+
+/// An ioctl whose argument is a pointer to an `int`.
+fn by_pointer(fd: impl AsFd, request: libc::Ioctl, value: libc::c_int) -> io::Result<()> {
+    // SAFETY: these requests (TUNSETVNETHDRSZ, TUNSETCARRIER) read one `int`, which `value` is.
+    check(unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), request, &raw const value) })
+}
+
+fn check(result: libc::c_int) -> io::Result<()> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+fn int(n: usize) -> libc::c_int {
+    libc::c_int::try_from(n).unwrap_or(libc::c_int::MAX)
+}
