@@ -51,6 +51,7 @@
 
 pub mod client;
 pub mod features;
+pub mod keeper;
 pub mod label;
 pub mod ledger;
 pub mod monitor;
@@ -58,3 +59,4 @@ pub mod path;
 pub mod policy;
 pub mod tap;
 pub mod wire;
+pub mod worker;

@@ -1,0 +1,52 @@
+//! What the monitor tells a keeper about its port: on the command line, where `ps` shows it.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{features, label::Label};
+
+/// One port, as its keeper and worker need to know it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Brief {
+    /// The VM's name.
+    pub vm: String,
+    /// The VM's label.
+    pub label: u32,
+    /// Which of the VM's ports: 0 is the first.
+    pub port: usize,
+    /// The user and group that keeper and worker run as.
+    pub uid: u32,
+    /// Queue pairs that the port offers.
+    pub queue_pairs: u16,
+    /// The tap's MTU in bytes.
+    pub mtu: u16,
+    /// The device's MAC address, if it has one of its own.
+    pub mac: Option<[u8; 6]>,
+    /// The VMM serves a control queue itself.
+    pub control_queue: bool,
+}
+
+impl Brief {
+    /// The virtio and vhost-user features that the port offers.
+    #[must_use]
+    pub const fn features(&self) -> u64 {
+        let mac = if self.mac.is_some() { features::MAC } else { 0 };
+        let control = if self.control_queue { features::CTRL_VQ | features::GUEST_ANNOUNCE } else { 0 };
+        let many = if self.queue_pairs > 1 { features::MQ } else { 0 };
+        features::ALWAYS | mac | control | many
+    }
+
+    /// The VM's label; the smallest one if the monitor gave none, which it never does.
+    #[must_use]
+    pub fn label(&self) -> Label {
+        Label::new(self.label).unwrap_or(Label::MIN)
+    }
+
+    /// A process name of this port, as `ps` shows it: at most 15 bytes.
+    #[must_use]
+    pub fn process_name(&self, role: char) -> String {
+        let mut name = format!("vmf-{role}:{}", self.vm);
+        name.truncate(15); // VM names are ASCII
+        name
+    }
+}

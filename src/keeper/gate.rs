@@ -1,0 +1,300 @@
+//! The gate: looks at each message of the front end, before anything else sees it.
+//!
+//! The `vhost` crates are right about the protocol and hard on whoever deviates from it: a message that they
+//! do not expect ends the connection, and some that they accept end the process. Real front ends deviate
+//! (QEMU enables rings before it sets features, and adds one memory region per queue pair), and a hostile one
+//! does what it likes. So each message is checked here, mended where front ends are known to need it,
+//! answered here if no worker is needed for it, and only then passed on.
+
+use std::os::fd::OwnedFd;
+
+use super::{
+    brief::Brief,
+    files::{self, Descriptors},
+    memory::{Region, Regions},
+    message::{Message, NEED_REPLY, request::*, u32_at, u64_at},
+};
+use crate::features;
+
+/// Largest queue size ("SET_VRING_NUM"; virtio 1.2, 2.7: at most 32768).
+const QUEUE_SIZE_MAX: u32 = 32_768;
+/// `u64` messages with a descriptor: the ring's index, and a flag that there is none.
+const RING_MASK: u64 = 0xff;
+const NO_DESCRIPTOR: u64 = 1 << 8;
+/// `struct virtio_net_config` as far as we fill it in, and the most that may be asked for, in bytes.
+const CONFIG_MAX: u32 = 256;
+
+/// What is to be done about a message.
+#[derive(Debug)]
+pub enum Step {
+    /// The message has an answer of its own, and this is it.
+    Answer(Vec<u8>),
+    /// Nothing more needs to happen; true if the message was in order.
+    Acknowledge(bool),
+    /// The worker is to be asked; its answer is the answer.
+    Ask(Request),
+    /// As [`Step::Ask`], for each of these in turn; the front end gets an acknowledgement.
+    AskAll(Vec<Request>),
+}
+
+/// A message for the worker.
+#[derive(Debug)]
+pub struct Request {
+    /// See [`super::message::request`].
+    pub code: u32,
+    /// The payload.
+    pub body: Vec<u8>,
+    /// Descriptors that go with it.
+    pub files: Vec<OwnedFd>,
+}
+
+/// The front end did something that the protocol forbids: the connection is closed, with this line.
+#[derive(Debug, thiserror::Error)]
+#[error("request {request}: {why}")]
+pub struct Forbidden {
+    /// The request code.
+    pub request: u32,
+    /// What is wrong with it.
+    pub why: String,
+}
+
+/// What the gate remembers of a connection.
+#[derive(Debug)]
+pub struct Gate {
+    brief: Brief,
+    descriptors: Descriptors,
+    reply_ack: bool,
+    regions: Regions,
+    rings: Vec<RingState>,
+}
+
+/// What the gate remembers of a ring.
+#[derive(Clone, Copy, Debug, Default)]
+struct RingState {
+    /// It has a size, an address and a kick, and was not stopped since.
+    started: bool,
+}
+
+impl Gate {
+    /// Nothing was said yet.
+    #[must_use]
+    pub fn new(brief: Brief, descriptors: Descriptors) -> Self {
+        let rings = vec![RingState::default(); 2 * usize::from(brief.queue_pairs)];
+        Self { brief, descriptors, reply_ack: false, regions: Regions::default(), rings }
+    }
+
+    /// True if the front end is to get an acknowledgement for this message.
+    #[must_use]
+    pub const fn wants_acknowledgement(&self, message: &Message) -> bool {
+        self.reply_ack && message.flags & NEED_REPLY != 0
+    }
+
+    /// Rings that run, to be stopped in the end.
+    pub fn started(&self) -> impl Iterator<Item = u32> + '_ {
+        (0..).zip(&self.rings).filter_map(|(index, ring)| ring.started.then_some(index))
+    }
+
+    /// Looks at one message.
+    ///
+    /// # Errors
+    /// [`Forbidden`]: the connection is to be closed.
+    pub fn look(&mut self, mut message: Message) -> Result<Step, Forbidden> {
+        let code = message.request;
+        let files = std::mem::take(&mut message.files);
+        self.decide(&message, files).map_err(|why| Forbidden { request: code, why })
+    }
+
+    fn decide(&mut self, message: &Message, files: Vec<OwnedFd>) -> Result<Step, String> {
+        let body = &message.body[..];
+        match message.request {
+            GET_FEATURES => Ok(number(self.brief.features())),
+            SET_FEATURES => self.set_features(u64_of(body)?),
+            GET_PROTOCOL_FEATURES => Ok(number(features::protocol::OFFERED)),
+            SET_PROTOCOL_FEATURES => self.set_protocol_features(u64_of(body)?),
+            GET_QUEUE_NUM => Ok(number(self.rings.len() as u64)),
+            GET_MAX_MEM_SLOTS => Ok(number(Regions::MAX as u64)),
+            // The keeper opened the worker's session itself, and there is one front end.
+            SET_OWNER => Ok(Step::Acknowledge(true)),
+            RESET_OWNER | RESET_DEVICE => Ok(self.reset()),
+            SET_MEM_TABLE => self.set_memory(body, files),
+            ADD_MEM_REG => self.add_region(body, files),
+            REM_MEM_REG => self.remove_region(body),
+            SET_VRING_NUM | SET_VRING_ADDR | SET_VRING_BASE | GET_VRING_BASE | SET_VRING_ENABLE => {
+                self.ring_state(message.request, body)
+            }
+            SET_VRING_KICK | SET_VRING_CALL | SET_VRING_ERR => self.ring_file(message.request, body, files),
+            NET_SET_MTU => Ok(Step::Acknowledge(u64_of(body)? <= u64::from(self.brief.mtu))),
+            // There is nothing to announce: a VM cannot be migrated yet, and its tap stays where it is.
+            SEND_RARP => Ok(Step::Acknowledge(true)),
+            GET_CONFIG => self.config(body),
+            // The device's configuration is the operator's.
+            SET_CONFIG => Ok(Step::Acknowledge(false)),
+            unknown => {
+                tracing::debug!(
+                    request = unknown,
+                    "the front end asked for something that was never offered"
+                );
+                Ok(Step::Acknowledge(false))
+            }
+        }
+    }
+
+    fn set_features(&self, acked: u64) -> Result<Step, String> {
+        let offered = self.brief.features();
+        if acked & !offered != 0 {
+            return Err(format!("features {:#x} were never offered", acked & !offered));
+        }
+        // The worker's session always has the protocol features, whatever the front end knows of.
+        let features = acked | features::PROTOCOL_FEATURES;
+        let mut requests = vec![request(SET_FEATURES, features.to_ne_bytes().to_vec())];
+        if acked & features::PROTOCOL_FEATURES == 0 {
+            // Without them rings are enabled from the start ("Ring states").
+            let rings = u32::try_from(self.rings.len()).unwrap_or_default();
+            requests.extend((0..rings).map(|ring| request(SET_VRING_ENABLE, state(ring, 1))));
+        }
+        Ok(Step::AskAll(requests))
+    }
+
+    fn set_protocol_features(&mut self, acked: u64) -> Result<Step, String> {
+        if acked & !features::protocol::OFFERED != 0 {
+            return Err(format!(
+                "protocol features {:#x} were never offered",
+                acked & !features::protocol::OFFERED
+            ));
+        }
+        self.reply_ack = acked & features::protocol::REPLY_ACK != 0;
+        Ok(Step::Acknowledge(true))
+    }
+
+    /// All rings stop and are disabled; the session goes on.
+    fn reset(&mut self) -> Step {
+        let mut requests = Vec::new();
+        for (index, ring) in (0..).zip(&mut self.rings) {
+            if std::mem::take(&mut ring.started) {
+                requests.push(request(GET_VRING_BASE, state(index, 0)));
+            }
+            requests.push(request(SET_VRING_ENABLE, state(index, 0)));
+        }
+        Step::AskAll(requests)
+    }
+
+    fn set_memory(&mut self, body: &[u8], files: Vec<OwnedFd>) -> Result<Step, String> {
+        let regions = Regions::from_table(body, files)?;
+        let (body, files) = regions.to_table()?;
+        self.regions = regions;
+        Ok(Step::Ask(Request { code: SET_MEM_TABLE, body, files }))
+    }
+
+    fn add_region(&mut self, body: &[u8], files: Vec<OwnedFd>) -> Result<Step, String> {
+        let region = Region::from_single(body)?;
+        if self.regions.contains(&region) {
+            // QEMU 7.2 adds each region once per queue pair.
+            return Ok(Step::Acknowledge(true));
+        }
+        let file = files.into_iter().next().ok_or("a region without a file")?;
+        let (body, files) = self.regions.add(region, file)?;
+        Ok(Step::Ask(Request { code: ADD_MEM_REG, body, files }))
+    }
+
+    fn remove_region(&mut self, body: &[u8]) -> Result<Step, String> {
+        let region = Region::from_single(body)?;
+        if !self.regions.remove(&region) {
+            // Added once and removed once per queue pair, again.
+            return Ok(Step::Acknowledge(true));
+        }
+        Ok(Step::Ask(request(REM_MEM_REG, region.to_single())))
+    }
+
+    fn ring_state(&mut self, code: u32, body: &[u8]) -> Result<Step, String> {
+        let expected = if code == SET_VRING_ADDR { 40 } else { 8 };
+        if body.len() != expected {
+            return Err(format!("{} bytes instead of {expected}", body.len()));
+        }
+        let (index, value) = (u32_at(body, 0), u32_at(body, 4));
+        let known = !self.regions.is_empty();
+        let ring = self.ring(index.into())?;
+        match code {
+            SET_VRING_NUM if ring.started => return Err("a running ring cannot change its size".into()),
+            SET_VRING_NUM if value > QUEUE_SIZE_MAX || !value.is_power_of_two() => {
+                return Err(format!(
+                    "{value} is no queue size: it must be a power of two up to {QUEUE_SIZE_MAX}"
+                ));
+            }
+            SET_VRING_ADDR if !known => return Err("addresses before memory".into()),
+            SET_VRING_ENABLE if value > 1 => return Err(format!("{value} is neither 0 nor 1")),
+            GET_VRING_BASE => ring.started = false,
+            _ => {}
+        }
+        Ok(Step::Ask(request(code, body.to_vec())))
+    }
+
+    fn ring_file(&mut self, code: u32, body: &[u8], files: Vec<OwnedFd>) -> Result<Step, String> {
+        let value = u64_of(body)?;
+        if value & !(RING_MASK | NO_DESCRIPTOR) != 0 {
+            return Err(format!("{value:#x} is no ring"));
+        }
+        self.ring(value & RING_MASK)?;
+        let file = files.into_iter().next();
+        if (value & NO_DESCRIPTOR == 0) != file.is_some() {
+            return Err("the flag for a missing descriptor does not match what came".into());
+        }
+        match &file {
+            Some(file) if !self.descriptors.is_eventfd(file) => {
+                return Err("the descriptor is no eventfd".into());
+            }
+            // An eventfd that blocks would let the front end stop the data path.
+            Some(file) => files::set_nonblocking(file).map_err(|e| format!("the eventfd: {e}"))?,
+            None if code == SET_VRING_KICK => return Err("polling without a kick was never offered".into()),
+            None => {}
+        }
+        if code == SET_VRING_KICK {
+            self.ring(value & RING_MASK)?.started = true;
+        }
+        Ok(Step::Ask(Request { code, body: body.to_vec(), files: file.into_iter().collect() }))
+    }
+
+    /// `struct virtio_net_config` (virtio 1.2, 5.1.4): mac, status, `max_virtqueue_pairs`, mtu.
+    fn config(&self, body: &[u8]) -> Result<Step, String> {
+        let (offset, size) = (u32_at(body, 0), u32_at(body, 4));
+        let end = offset.checked_add(size).filter(|end| *end <= CONFIG_MAX);
+        let (Some(end), true) = (end, body.len() >= 12) else {
+            return Err(format!("{size} bytes of configuration at {offset}"));
+        };
+        const LINK_UP: u16 = 1;
+        let mut config = Vec::new();
+        config.extend(self.brief.mac.unwrap_or_default());
+        for word in [LINK_UP, self.brief.queue_pairs, self.brief.mtu] {
+            config.extend(word.to_le_bytes());
+        }
+        config.resize(CONFIG_MAX as usize, 0);
+        let mut answer = body[..12].to_vec();
+        answer.extend(&config[offset as usize..end as usize]);
+        Ok(Step::Answer(answer))
+    }
+
+    fn ring(&mut self, index: u64) -> Result<&mut RingState, String> {
+        let count = self.rings.len();
+        usize::try_from(index)
+            .ok()
+            .and_then(|i| self.rings.get_mut(i))
+            .ok_or_else(|| format!("ring {index} of {count}"))
+    }
+}
+
+fn request(code: u32, body: Vec<u8>) -> Request {
+    Request { code, body, files: Vec::new() }
+}
+
+/// `struct vhost_vring_state`: a ring's index and a number.
+#[must_use]
+pub fn state(ring: u32, value: u32) -> Vec<u8> {
+    [ring.to_ne_bytes(), value.to_ne_bytes()].concat()
+}
+
+fn number(value: u64) -> Step {
+    Step::Answer(value.to_ne_bytes().to_vec())
+}
+
+fn u64_of(body: &[u8]) -> Result<u64, String> {
+    if body.len() == 8 { Ok(u64_at(body, 0)) } else { Err(format!("{} bytes instead of 8", body.len())) }
+}

@@ -1,0 +1,205 @@
+//! The keeper: one front end's connection, from its first message to its last.
+//!
+//! It is a process of its own, small, with one thread; it never maps guest memory. It looks at every message
+//! ([`gate`]), answers what needs no worker, and passes the rest on to the worker that it forked, one message
+//! at a time. When the front end or the worker is gone, so is the keeper; the monitor then waits for the next
+//! connection.
+//!
+//! ```text
+//!   front end --- gate --- session --- worker (forked; maps memory, moves frames)
+//!                              private socket
+//! ```
+
+pub mod brief;
+pub mod door;
+pub mod files;
+pub mod gate;
+pub mod memory;
+pub mod message;
+pub mod process;
+pub mod worker;
+
+use std::{
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, bail};
+use epoll::{ControlOptions, Event, Events};
+
+use brief::Brief;
+use files::Descriptors;
+use gate::{Gate, Request, Step};
+use message::{Inbox, Message, REPLY, request::GET_VRING_BASE};
+use process::Inherited;
+use worker::{Worker, WorkerError};
+
+/// How long a message that has begun may take to be complete.
+const MESSAGE_DEADLINE: Duration = Duration::from_secs(5);
+/// How long an answer may take to be taken by the front end.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(1);
+
+/// What woke the keeper.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u64)]
+enum Token {
+    FrontEnd = 0,
+    WorkerEnded = 1,
+    Termination = 2,
+}
+
+impl Token {
+    const fn decode(data: u64) -> Option<Self> {
+        match data {
+            0 => Some(Self::FrontEnd),
+            1 => Some(Self::WorkerEnded),
+            2 => Some(Self::Termination),
+            _ => None,
+        }
+    }
+}
+
+/// Serves the inherited connection until it ends.
+///
+/// # Errors
+/// When nothing could be served at all: descriptors missing, rights that cannot be given up, no worker.
+pub fn run(brief: Brief) -> anyhow::Result<()> {
+    let inherited = Inherited::take().context("a keeper is started by vmflow itself, never by hand")?;
+    let _ = rustix::thread::set_name(&std::ffi::CString::new(brief.process_name('k'))?);
+    let descriptors = Descriptors::open().context("/proc/self/fd")?;
+    door::shut(brief.uid)?;
+    let termination = process::termination().context("signalfd")?;
+    files::set_nonblocking(&inherited.policies).context("policy socket")?;
+    let worker = Worker::start(&brief, &inherited)?;
+    let gate = Gate::new(brief, descriptors);
+    Keeper { front_end: inherited.front_end, gate, worker, inbox: Inbox::default() }.serve(&termination)
+}
+
+struct Keeper {
+    front_end: OwnedFd,
+    gate: Gate,
+    worker: Worker,
+    inbox: Inbox,
+}
+
+impl Keeper {
+    fn serve(mut self, termination: &OwnedFd) -> anyhow::Result<()> {
+        let timeout = Some(ANSWER_DEADLINE);
+        rustix::net::sockopt::set_socket_timeout(
+            &self.front_end,
+            rustix::net::sockopt::Timeout::Send,
+            timeout,
+        )?;
+        let end = self.attend(termination);
+        match &end {
+            Ok(why) => tracing::info!("the connection ends: {why}"),
+            Err(why) => tracing::warn!("the connection is closed: {why:#}"),
+        }
+        self.stop_rings();
+        self.worker.finish();
+        // What the front end did wrong is no failure of ours; a dead worker is, and is counted.
+        match end {
+            Err(why) if why.is::<WorkerError>() => Err(why),
+            _ => Ok(()),
+        }
+    }
+
+    /// Handles events until the connection is to end; says why.
+    fn attend(&mut self, termination: &OwnedFd) -> anyhow::Result<&'static str> {
+        let epoll = epoll::create(true)?;
+        let sources = [
+            (self.front_end.as_raw_fd(), Token::FrontEnd),
+            (self.worker.pidfd().as_raw_fd(), Token::WorkerEnded),
+            (termination.as_raw_fd(), Token::Termination),
+        ];
+        for (fd, token) in sources {
+            epoll::ctl(epoll, ControlOptions::EPOLL_CTL_ADD, fd, Event::new(Events::EPOLLIN, token as u64))?;
+        }
+        loop {
+            let mut event = [Event::new(Events::empty(), 0)];
+            let count = match epoll::wait(epoll, self.timeout_ms(), &mut event) {
+                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => continue,
+                other => other?,
+            };
+            if count == 0 {
+                bail!("a message was begun and not completed within {MESSAGE_DEADLINE:?}");
+            }
+            let data = event[0].data;
+            match Token::decode(data) {
+                Some(Token::FrontEnd) => match self.receive() {
+                    Err(e) if matches!(e.downcast_ref(), Some(message::MessageError::Closed)) => {
+                        return Ok("the front end hung up");
+                    }
+                    other => other?,
+                },
+                Some(Token::WorkerEnded) => return Err(WorkerError::Ended.into()),
+                Some(Token::Termination) => return Ok("vmflow ends it"),
+                None => {}
+            }
+        }
+    }
+
+    /// -1 waits for ever: nothing is begun.
+    fn timeout_ms(&self) -> i32 {
+        let rest = |since: Instant| MESSAGE_DEADLINE.saturating_sub(since.elapsed()).as_millis();
+        self.inbox.since().map_or(-1, |since| i32::try_from(rest(since)).unwrap_or(i32::MAX))
+    }
+
+    fn receive(&mut self) -> anyhow::Result<()> {
+        while let Some(message) = self.inbox.receive(&self.front_end)? {
+            self.handle(message)?;
+        }
+        Ok(())
+    }
+
+    fn handle(&mut self, message: Message) -> anyhow::Result<()> {
+        tracing::trace!(
+            request = message.request,
+            flags = message.flags,
+            size = message.body.len(),
+            files = message.files.len(),
+            "from the front end"
+        );
+        let (code, acknowledge) = (message.request, self.gate.wants_acknowledgement(&message));
+        let in_order = match self.gate.look(message)? {
+            Step::Answer(body) => return self.answer(code, &body),
+            Step::Ask(request) => {
+                let answer = self.worker.ask(&request)?;
+                if code == GET_VRING_BASE {
+                    return self.answer(code, &answer);
+                }
+                is_success(&answer)
+            }
+            Step::AskAll(requests) => {
+                let mut all = true;
+                for request in requests {
+                    let answer = self.worker.ask(&request)?;
+                    all &= request.code == GET_VRING_BASE || is_success(&answer);
+                }
+                all
+            }
+            Step::Acknowledge(in_order) => in_order,
+        };
+        if acknowledge { self.answer(code, &u64::from(!in_order).to_ne_bytes()) } else { Ok(()) }
+    }
+
+    fn answer(&self, code: u32, body: &[u8]) -> anyhow::Result<()> {
+        message::send(self.front_end.as_fd(), code, REPLY, body, &[]).context("cannot answer the front end")
+    }
+
+    /// Stops every ring that runs: the batch in hand is finished, and nothing is taken any more.
+    fn stop_rings(&mut self) {
+        let rings: Vec<_> = self.gate.started().collect();
+        for ring in rings {
+            let stop = Request { code: GET_VRING_BASE, body: gate::state(ring, 0), files: Vec::new() };
+            if self.worker.ask(&stop).is_err() {
+                return; // it is gone: there is nothing to stop
+            }
+        }
+    }
+}
+
+/// An acknowledgement's payload is 0 for success.
+fn is_success(answer: &[u8]) -> bool {
+    answer.len() == 8 && message::u64_at(answer, 0) == 0
+}

@@ -1,0 +1,336 @@
+//! The vhost-user device: what the front end asked for, and which queue an event belongs to. No frame is
+//! looked at here.
+
+use std::{
+    io,
+    os::fd::{AsRawFd, OwnedFd},
+    sync::{
+        Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::io::Errno;
+use vhost::vhost_user::message::VhostUserProtocolFeatures;
+use vhost_user_backend::{VhostUserBackend, VringT};
+use virtio_queue::QueueT;
+use vm_memory::GuestAddressSpace;
+use vmm_sys_util::{
+    epoll::EventSet,
+    event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier},
+};
+
+use super::vring::{Ring, SharedMemory};
+use crate::{
+    features,
+    keeper::brief::Brief,
+    ledger::{Account, DropReason, Ledger, Part},
+    path::{self, Turn, forward::Tap, inspect::Link, receive::Receive, transmit::Transmit},
+    policy::{
+        Policy,
+        handover::{self, Packet},
+    },
+    tap,
+    wire::vnet::{HEADER_LEN, NegotiatedOffloads},
+};
+
+/// Largest queue size that the device takes.
+const QUEUE_SIZE_MAX: usize = 32_768;
+/// Rings of the one queue pair.
+const RINGS: u16 = 2;
+const RECEIVE: usize = 0;
+const TRANSMIT: usize = 1;
+/// Turns of a queue before other events have theirs.
+const TURNS: usize = 4;
+/// Length of the virtio-net header of a driver without `VERSION_1` and `MRG_RXBUF` (virtio 1.2, 5.1.6.1).
+const LEGACY_HEADER_LEN: usize = 10;
+/// Between two lines of the log that the guest caused.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// What woke the queue's thread. The crate has `0..RINGS` for kicks and `RINGS` for its exit event.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u16)]
+enum Token {
+    ReceiveKick = 0,
+    TransmitKick = 1,
+    Tap = 3,
+    Again = 4,
+    Policy = 5,
+}
+
+impl Token {
+    const fn decode(event: u16) -> Option<Self> {
+        match event {
+            0 => Some(Self::ReceiveKick),
+            1 => Some(Self::TransmitKick),
+            3 => Some(Self::Tap),
+            4 => Some(Self::Again),
+            5 => Some(Self::Policy),
+            _ => None,
+        }
+    }
+}
+
+/// One port's device.
+#[derive(Debug)]
+pub struct Device {
+    brief: Brief,
+    memory: SharedMemory,
+    tap: Tap,
+    /// Readable when a turn was bounded and there is more to do.
+    again: OwnedFd,
+    policies: OwnedFd,
+    acked: AtomicU64,
+    rings: OnceLock<Vec<Ring>>,
+    pair: Mutex<Pair>,
+}
+
+/// What the queue's thread changes. Its lock is held for a turn, so whoever takes it knows that no turn runs.
+#[derive(Debug)]
+struct Pair {
+    policy: Option<Policy>,
+    transmit: Transmit,
+    receive: Receive,
+    /// When the guest last caused a line in the log.
+    said: Option<Instant>,
+}
+
+impl Pair {
+    /// True at most once in [`PAUSE`]: a guest may break its queue as often as it likes.
+    fn may_say(&mut self) -> bool {
+        let may = self.said.is_none_or(|said| said.elapsed() >= PAUSE);
+        if may {
+            self.said = Some(Instant::now());
+        }
+        may
+    }
+}
+
+/// What a device is made of.
+#[derive(Debug)]
+pub struct Parts {
+    /// What the monitor said of the port.
+    pub brief: Brief,
+    /// Guest memory, empty still.
+    pub memory: SharedMemory,
+    /// The tap.
+    pub tap: OwnedFd,
+    /// Where policies come from.
+    pub policies: OwnedFd,
+    /// Where to count.
+    pub ledger: Ledger,
+}
+
+impl Device {
+    /// A device without memory, rings and policy: it passes nothing.
+    ///
+    /// # Errors
+    /// When the kernel gives no eventfd.
+    pub fn new(parts: Parts) -> io::Result<Self> {
+        let Parts { brief, memory, tap, policies, ledger } = parts;
+        let account = |part| Account::resume(&ledger, part);
+        Ok(Self {
+            brief,
+            memory,
+            tap: Tap::new(tap),
+            again: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?,
+            policies,
+            acked: AtomicU64::new(0),
+            rings: OnceLock::new(),
+            pair: Mutex::new(Pair {
+                policy: None,
+                transmit: Transmit::new(account(Part::transmit(0))),
+                receive: Receive::new(account(Part::receive(0))),
+                said: None,
+            }),
+        })
+    }
+
+    /// Gives the device its rings, which the crate made.
+    pub fn adopt(&self, rings: Vec<Ring>) {
+        let _ = self.rings.set(rings);
+    }
+
+    /// Descriptors to be watched by the queue's thread, with their events and numbers.
+    pub fn sources(&self) -> [(i32, EventSet, u64); 3] {
+        use std::os::fd::AsFd;
+        let both_ways = EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED;
+        [
+            (self.tap.as_fd().as_raw_fd(), both_ways, Token::Tap as u64),
+            (self.again.as_raw_fd(), EventSet::IN, Token::Again as u64),
+            (self.policies.as_raw_fd(), EventSet::IN, Token::Policy as u64),
+        ]
+    }
+
+    /// The end: a frame that still waits is counted.
+    pub fn finish(&self) {
+        self.pair().receive.stop(DropReason::RingDisabled);
+    }
+
+    fn pair(&self) -> MutexGuard<'_, Pair> {
+        self.pair.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs turns of one ring; asks for another event if there is more to do after them.
+    fn run(&self, ring: usize) {
+        let Some(vring) = self.rings.get().and_then(|rings| rings.get(ring)) else { return };
+        for _ in 0..TURNS {
+            let turn = self.turn(vring, ring);
+            if turn.signal {
+                vring.signal();
+            }
+            if let Some(fault) = turn.fault {
+                vring.mark_broken();
+                if self.pair().may_say() {
+                    tracing::warn!(ring, "the guest broke its queue: {fault}: it rests until it is reset");
+                }
+            }
+            if !turn.more {
+                return;
+            }
+        }
+        let _ = rustix::io::write(&self.again, &1_u64.to_ne_bytes());
+    }
+
+    fn turn(&self, vring: &Ring, ring: usize) -> Turn {
+        let mut pair = self.pair();
+        let Pair { policy, transmit, receive, .. } = &mut *pair;
+        let memory = self.memory.memory();
+        let mut state = vring.get_mut();
+        let (Some(policy), true) =
+            (policy, state.is_enabled() && state.get_queue().ready() && !vring.is_broken())
+        else {
+            return Turn::default();
+        };
+        let queue = state.get_queue_mut();
+        vring.settle(queue, &memory);
+        let port = path::Port { policy, link: self.link(), tap: &self.tap };
+        if ring == RECEIVE {
+            let mergeable = self.acked.load(Ordering::Relaxed) & features::MRG_RXBUF != 0;
+            receive.turn(queue, &memory, &port, mergeable)
+        } else {
+            transmit.turn(queue, &memory, &port)
+        }
+    }
+
+    fn link(&self) -> Link {
+        let acked = self.acked.load(Ordering::Relaxed);
+        let modern = acked & (features::VERSION_1 | features::MRG_RXBUF) != 0;
+        Link {
+            mtu: self.brief.mtu,
+            negotiated: NegotiatedOffloads::from_features(acked),
+            header_len: if modern { HEADER_LEN } else { LEGACY_HEADER_LEN },
+        }
+    }
+
+    /// Takes policies until there are no more, and answers each.
+    fn take_policies(&self) -> Result<(), Errno> {
+        loop {
+            match handover::receive(&self.policies) {
+                Ok(Some((Packet::Policy(generation), Some(file)))) => {
+                    let answer = self.swap_policy(generation, &file);
+                    handover::send(&self.policies, answer, None)?;
+                }
+                Ok(Some(_)) | Err(Errno::PROTO) => {}
+                // The monitor is gone: what was decided stays in force until the keeper ends us.
+                Ok(None) => return Err(Errno::CONNRESET),
+                Err(Errno::AGAIN) => return Ok(()),
+                Err(e) => return Err(e),
+            }
+        }
+    }
+
+    fn swap_policy(&self, generation: u64, file: &OwnedFd) -> Packet {
+        match Policy::read(file) {
+            Ok(policy) if policy.generation == generation && policy.label == self.brief.label() => {
+                self.pair().policy = Some(policy);
+                Packet::Acknowledged(generation)
+            }
+            Ok(_) => Packet::Refused(generation),
+            Err(e) => {
+                tracing::warn!("{e}: the policy before stays in force");
+                Packet::Refused(generation)
+            }
+        }
+    }
+}
+
+impl VhostUserBackend for Device {
+    type Bitmap = ();
+    type Vring = Ring;
+
+    fn num_queues(&self) -> usize {
+        RINGS.into()
+    }
+    fn max_queue_size(&self) -> usize {
+        QUEUE_SIZE_MAX
+    }
+    fn features(&self) -> u64 {
+        self.brief.features()
+    }
+    fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+    }
+    fn set_event_idx(&self, _enabled: bool) {} // the crate tells each queue
+
+    fn acked_features(&self, acked: u64) {
+        let _no_turn_runs = self.pair();
+        if let Err(e) = tap::set_offloads(&self.tap, acked) {
+            tracing::warn!("the tap's offloads could not be set: {e}");
+        }
+        self.acked.store(acked, Ordering::Relaxed);
+    }
+
+    /// When this returns no turn uses the memory of before.
+    fn update_memory(&self, _memory: SharedMemory) -> io::Result<()> {
+        drop(self.pair());
+        Ok(())
+    }
+
+    /// When this returns no turn runs on the ring, and none will.
+    fn stop_vring(&self, index: u32) -> io::Result<()> {
+        let mut pair = self.pair();
+        if usize::try_from(index) == Ok(RECEIVE) {
+            pair.receive.stop(DropReason::RingDisabled);
+        }
+        Ok(())
+    }
+
+    fn exit_event(&self, _thread: usize) -> Option<(EventConsumer, EventNotifier)> {
+        new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC).ok()
+    }
+
+    /// Never an error for something that the guest did: an error ends the thread.
+    fn handle_event(&self, event: u16, set: EventSet, _rings: &[Ring], _thread: usize) -> io::Result<()> {
+        match Token::decode(event) {
+            Some(Token::ReceiveKick) => self.run(RECEIVE),
+            Some(Token::TransmitKick) => self.run(TRANSMIT),
+            Some(Token::Tap) => {
+                if set.contains(EventSet::IN) {
+                    self.run(RECEIVE);
+                }
+                if set.contains(EventSet::OUT) {
+                    self.run(TRANSMIT);
+                }
+            }
+            Some(Token::Again) => {
+                let _ = rustix::io::read(&self.again, &mut [0_u8; 8]);
+                self.run(TRANSMIT);
+                self.run(RECEIVE);
+            }
+            Some(Token::Policy) => {
+                if self.take_policies().is_err() {
+                    return Err(io::Error::other("the monitor is gone"));
+                }
+                self.run(TRANSMIT);
+                self.run(RECEIVE);
+            }
+            None => {}
+        }
+        Ok(())
+    }
+}
