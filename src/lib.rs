@@ -52,6 +52,7 @@
 pub mod client;
 pub mod features;
 pub mod keeper;
+pub mod config;
 pub mod label;
 pub mod ledger;
 pub mod monitor;
