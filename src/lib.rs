@@ -52,6 +52,7 @@
 pub mod client;
 pub mod features;
 pub mod keeper;
+pub mod cli;
 pub mod config;
 pub mod label;
 pub mod ledger;

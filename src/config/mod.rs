@@ -28,7 +28,8 @@ use uuid::Uuid;
 
 pub use self::{
     error::{ConfigError, Fault, Faults, Place},
-    values::{Mac, Mode, NetNs, TapName},
+    strict::suspect_action,
+    values::{Mac, Mode, NetNs, TapName, vm_name},
 };
 use crate::label::Label;
 pub use crate::policy::SuspectAction;

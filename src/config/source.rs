@@ -170,7 +170,7 @@ impl Sources {
         let advice = match error.kind() {
             io::ErrorKind::NotFound => "write it, or name another file with --config",
             io::ErrorKind::PermissionDenied => "run as a user who may read it",
-            io::ErrorKind::IsADirectory => "name the file in it",
+            io::ErrorKind::IsADirectory => "put a file in its place",
             _ => "look after the file, or name another with --config",
         };
         let spot = self.whole(Source::File { path: path.to_owned(), text: String::new() });
@@ -283,8 +283,16 @@ fn explain(message: &str) -> ConfigError {
             let keys: Vec<&str> = expected.split('`').skip(1).step_by(2).collect();
             unknown_key(key, &keys)
         }
-        None => ConfigError::WrongType(on_one_line(&message.replace('`', "\""))),
+        None => ConfigError::WrongType(in_toml_words(message)),
     }
+}
+
+/// serde names the types of its own model: those who write TOML know others.
+fn in_toml_words(message: &str) -> String {
+    let words =
+        [("`", ""), ("type: map", "type: table"), (" as i128", ", which is too large"), ("i64", "a number")];
+    let said = words.iter().fold(message.to_owned(), |said, (from, to)| said.replace(from, to));
+    on_one_line(&said)
 }
 
 fn unknown_key(key: &str, keys: &[&str]) -> ConfigError {

@@ -114,8 +114,11 @@ pub(super) fn suspect(judge: &mut Judge, source: usize, loose: LooseSuspect) -> 
     judge.value(at(source, loose.action), |text| suspect_action(text))
 }
 
-/// The word for a suspect action; the words of later releases are known and refused.
-fn suspect_action(text: &str) -> Result<SuspectAction, ConfigError> {
+/// The suspect action by its word.
+///
+/// # Errors
+/// [`ConfigError`] for other words; those of later releases are known and refused.
+pub fn suspect_action(text: &str) -> Result<SuspectAction, ConfigError> {
     match text {
         "count" => Ok(SuspectAction::Count),
         "drop" => Ok(SuspectAction::Drop),

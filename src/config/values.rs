@@ -216,7 +216,10 @@ pub(super) fn socket_path(what: &'static str, text: &str) -> Result<PathBuf, Con
 }
 
 /// The name of a VM.
-pub(super) fn vm_name(text: &str) -> Result<String, ConfigError> {
+///
+/// # Errors
+/// [`ConfigError::BadValue`] for what cannot be a directory's name or would look like an option.
+pub fn vm_name(text: &str) -> Result<String, ConfigError> {
     if text.is_empty() || text.len() > VM_NAME_MAX {
         return bad("VM name", text, "is not 1 to 63 characters long: choose another name");
     }

@@ -1,0 +1,393 @@
+//! The command line: what was typed becomes a [`Command`], and an error becomes lines and an exit code.
+//!
+//! Every error is one line: `vmflow: where: what: what to do`. Exit code 2 means that the command or the
+//! configuration is wrong, 1 that something else went wrong.
+
+use std::{
+    ffi::OsString,
+    io::{self, Write},
+    num::NonZeroU32,
+    path::PathBuf,
+    time::Duration,
+};
+
+use clap::{Args, Parser, Subcommand, error::ErrorKind};
+
+use crate::config::{self, Config, DEFAULT_CONTROL, DEFAULT_FILE, Faults, Origins, Vm};
+
+/// Longest reason for a tag, in bytes: it is shown in tables and kept for ever.
+const REASON_MAX: usize = 200;
+
+/// What is to be done, with everything that was typed already judged.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Be the monitor.
+    Serve(Origins),
+    /// Judge a configuration and change nothing.
+    Check(Origins),
+    /// Show the VMs.
+    Vms {
+        /// The monitor's socket.
+        control: PathBuf,
+    },
+    /// Show what was counted.
+    Stats {
+        /// The monitor's socket.
+        control: PathBuf,
+        /// This VM only.
+        vm: Option<String>,
+        /// The document as it is.
+        json: bool,
+        /// Again and again, at this interval.
+        watch: Option<Duration>,
+    },
+    /// Put every frame of a VM under its suspect label.
+    Suspect {
+        /// The monitor's socket.
+        control: PathBuf,
+        /// The VM's name.
+        vm: String,
+        /// Why, for those who come later.
+        reason: String,
+    },
+    /// Take the tag off a VM.
+    Clear {
+        /// The monitor's socket.
+        control: PathBuf,
+        /// The VM's name.
+        vm: String,
+    },
+    /// Be a port's keeper: the monitor starts these.
+    Keeper,
+}
+
+/// Why the command did not do what it should.
+#[derive(Debug, thiserror::Error)]
+pub enum CliError {
+    /// The command line means nothing.
+    #[error("{0}")]
+    Usage(String),
+    /// The configuration is wrong.
+    #[error(transparent)]
+    Config(#[from] Faults),
+    /// The output could not be written.
+    #[error("standard output: {0}")]
+    Output(#[from] io::Error),
+    /// A part of this release that is not there yet.
+    #[error("{0} is not built in yet")]
+    NotBuiltIn(&'static str),
+}
+
+impl CliError {
+    const USAGE: u8 = 2;
+    const OTHER: u8 = 1;
+
+    /// The process's exit code.
+    #[must_use]
+    pub const fn exit_code(&self) -> u8 {
+        match self {
+            Self::Usage(_) | Self::Config(_) => Self::USAGE,
+            Self::Output(_) | Self::NotBuiltIn(_) => Self::OTHER,
+        }
+    }
+
+    /// The error as it is printed: each fault on a line of its own.
+    #[must_use]
+    pub fn lines(&self) -> Vec<String> {
+        match self {
+            Self::Config(faults) => faults.iter().map(|fault| format!("vmflow: {fault}")).collect(),
+            _ => vec![format!("vmflow: {self}")],
+        }
+    }
+}
+
+/// Labels, counts and filters every frame of every VM at its virtqueue.
+#[derive(Debug, Parser)]
+#[command(name = "vmflow", version, propagate_version = true)]
+struct LowArgs {
+    #[command(subcommand)]
+    command: LowCommand,
+    /// The monitor's socket; serve and check take it from the configuration otherwise
+    /// [default: /run/vmflow/control.sock]
+    #[arg(long, global = true, value_name = "PATH")]
+    control: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+enum LowCommand {
+    /// Serve the VMs of this host
+    Serve(LowServe),
+    /// Explain what is wrong with the configuration; changes nothing
+    Check {
+        /// The main file; vms.d beside it is read as well
+        #[arg(long, value_name = "FILE", default_value = DEFAULT_FILE)]
+        config: PathBuf,
+    },
+    /// List the VMs, their labels and ports
+    Vms,
+    /// Show what every VM sent and received
+    Stats {
+        /// This VM only
+        vm: Option<String>,
+        /// Print the document as it is
+        #[arg(long, conflicts_with = "watch")]
+        json: bool,
+        /// Show rates, again and again
+        #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "1")]
+        watch: Option<NonZeroU32>,
+    },
+    /// Put every frame of a VM under its suspect label
+    Suspect {
+        /// The VM's name
+        vm: String,
+        /// Why, for those who come later
+        #[arg(long, value_name = "TEXT")]
+        reason: String,
+    },
+    /// Take a VM's suspect tag off
+    Clear {
+        /// The VM's name
+        vm: String,
+    },
+    /// Hold one front end's connection
+    #[command(hide = true)]
+    Keeper,
+}
+
+#[derive(Debug, Args)]
+struct LowServe {
+    /// The main file; vms.d beside it is read as well [default: /etc/vmflow/vmflow.toml without --vm]
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// A VM: name=NAME,socket=PATH,tap=IFNAME and, if wanted, label, uuid, mac, mtu, mode, netns and peer;
+    /// the same name again is another port
+    #[arg(long = "vm", value_name = "KEY=VALUE,...")]
+    vms: Vec<String>,
+    /// The directory for what outlives the process
+    #[arg(long, value_name = "DIR")]
+    state: Option<String>,
+    /// What becomes of frames under a suspect label
+    #[arg(long, value_name = "count|drop")]
+    suspect_action: Option<String>,
+}
+
+/// Why there is no command to run.
+#[derive(Debug)]
+pub enum Stop {
+    /// Help or a version was asked for.
+    Shown(clap::Error),
+    /// What was typed means nothing.
+    Refused(CliError),
+}
+
+/// Turns what was typed into a command.
+///
+/// # Errors
+/// [`Stop`]: nothing is to be done.
+pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, Stop> {
+    let low = LowArgs::try_parse_from(args).map_err(|error| match error.kind() {
+        ErrorKind::DisplayHelp
+        | ErrorKind::DisplayVersion
+        | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => Stop::Shown(error),
+        _ => Stop::Refused(CliError::Usage(on_one_line(&error))),
+    })?;
+    low.strict().map_err(Stop::Refused)
+}
+
+/// What clap says above its usage, on one line.
+fn on_one_line(error: &clap::Error) -> String {
+    let text = error.render().to_string();
+    let said =
+        text.split("\n\n").take_while(|part| !part.starts_with("Usage:") && !part.starts_with("For more"));
+    let parts: Vec<_> = said.map(|part| part.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
+    let line = parts.join("; ");
+    format!("{}: see vmflow --help", line.strip_prefix("error: ").unwrap_or(&line))
+}
+
+impl LowArgs {
+    fn strict(self) -> Result<Command, CliError> {
+        let written = self.control;
+        let control = PathBuf::from(written.as_deref().unwrap_or(DEFAULT_CONTROL));
+        Ok(match self.command {
+            LowCommand::Serve(serve) => Command::Serve(serve.strict(written)?),
+            LowCommand::Check { config } => {
+                Command::Check(Origins { file: Some(config), control: written, ..Origins::default() })
+            }
+            LowCommand::Vms => Command::Vms { control },
+            LowCommand::Stats { vm, json, watch } => {
+                let vm = vm.map(|name| vm_name(&name)).transpose()?;
+                let watch = watch.map(|seconds| Duration::from_secs(seconds.get().into()));
+                Command::Stats { control, vm, json, watch }
+            }
+            LowCommand::Suspect { vm, reason } => {
+                Command::Suspect { control, vm: vm_name(&vm)?, reason: tag_reason(&reason)? }
+            }
+            LowCommand::Clear { vm } => Command::Clear { control, vm: vm_name(&vm)? },
+            LowCommand::Keeper => Command::Keeper,
+        })
+    }
+}
+
+impl LowServe {
+    fn strict(self, control: Option<String>) -> Result<Origins, CliError> {
+        let suspect = self.suspect_action.map(|text| config::suspect_action(&text)).transpose();
+        let suspect = suspect.map_err(|error| CliError::Usage(format!("--suspect-action: {error}")))?;
+        // Whoever names VMs here wants these and no others, unless a file is named too.
+        let file = self.config.or_else(|| self.vms.is_empty().then(|| DEFAULT_FILE.into()));
+        Ok(Origins { file, vms: self.vms, control, state: self.state, suspect })
+    }
+}
+
+fn vm_name(text: &str) -> Result<String, CliError> {
+    config::vm_name(text).map_err(|error| CliError::Usage(error.to_string()))
+}
+
+fn tag_reason(text: &str) -> Result<String, CliError> {
+    let text = text.trim();
+    if text.is_empty() || text.len() > REASON_MAX || text.chars().any(char::is_control) {
+        let rule = format!("--reason: write one line of 1 to {REASON_MAX} bytes");
+        return Err(CliError::Usage(rule));
+    }
+    Ok(text.to_owned())
+}
+
+/// Does what the command says.
+///
+/// # Errors
+/// [`CliError`]: what to print, and the exit code.
+pub fn run(command: Command) -> Result<(), CliError> {
+    match command {
+        Command::Check(origins) => check(&Config::load(&origins)?, &mut io::stdout().lock()),
+        // NOT BUILT IN YET: the monitor, its clients and the keeper are called from here.
+        Command::Serve(origins) => {
+            let _config = Config::load(&origins)?;
+            Err(CliError::NotBuiltIn("serve"))
+        }
+        Command::Vms { .. } => Err(CliError::NotBuiltIn("vms")),
+        Command::Stats { .. } => Err(CliError::NotBuiltIn("stats")),
+        Command::Suspect { .. } => Err(CliError::NotBuiltIn("suspect")),
+        Command::Clear { .. } => Err(CliError::NotBuiltIn("clear")),
+        Command::Keeper => Err(CliError::NotBuiltIn("keeper")),
+    }
+}
+
+/// What a valid configuration comes to.
+fn check(config: &Config, out: &mut impl Write) -> Result<(), CliError> {
+    for vm in &config.vms {
+        writeln!(out, "{}", summary(vm))?;
+    }
+    let ports = config.vms.iter().map(|vm| vm.ports.len()).sum();
+    let pinned = config.vms.iter().filter(|vm| vm.label.is_some()).count();
+    writeln!(
+        out,
+        "OK: {}, {}, {} pinned",
+        count(config.vms.len(), "VM"),
+        count(ports, "port"),
+        count(pinned, "label")
+    )?;
+    Ok(out.flush()?)
+}
+
+fn summary(vm: &Vm) -> String {
+    let label = vm.label.map_or("label not pinned".to_owned(), |label| format!("label {label}"));
+    let ports: Vec<_> = vm.ports.iter().map(|p| format!("{} at {}", p.tap, p.socket.display())).collect();
+    format!("{}: {label}, {}", vm.name, ports.join(", "))
+}
+
+fn count(number: usize, what: &str) -> String {
+    format!("{number} {what}{}", if number == 1 { "" } else { "s" })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::SuspectAction;
+
+    fn typed(line: &str) -> Result<Command, String> {
+        let args = std::iter::once("vmflow").chain(line.split_whitespace()).map(OsString::from);
+        parse(args).map_err(|stop| match stop {
+            Stop::Shown(error) => format!("shown, exit code {}", error.exit_code()),
+            Stop::Refused(error) => format!("{} (exit code {})", error.lines().join("|"), error.exit_code()),
+        })
+    }
+
+    #[test]
+    fn every_subcommand_takes_a_control_socket_before_and_after_its_name() {
+        let control = PathBuf::from("/x");
+        assert_eq!(typed("vms --control /x"), Ok(Command::Vms { control: control.clone() }));
+        assert_eq!(typed("--control /x vms"), Ok(Command::Vms { control: control.clone() }));
+        assert_eq!(typed("clear a --control /x"), Ok(Command::Clear { control, vm: "a".into() }));
+        assert_eq!(typed("vms"), Ok(Command::Vms { control: DEFAULT_CONTROL.into() }));
+        assert_eq!(typed("keeper --control /x"), Ok(Command::Keeper));
+    }
+
+    #[test]
+    fn the_default_file_is_read_unless_vms_are_named() {
+        let file = |line| match typed(line) {
+            Ok(Command::Serve(origins)) => origins.file,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(file("serve"), Some(DEFAULT_FILE.into()));
+        assert_eq!(file("serve --vm name=a"), None);
+        assert_eq!(file("serve --vm name=a --config /c"), Some("/c".into()));
+    }
+
+    #[test]
+    fn what_serve_is_told_is_kept_for_the_configuration() {
+        let origins = Origins {
+            file: None,
+            vms: vec!["name=a,tap=b".into(), "name=c".into()],
+            control: Some("/c".into()),
+            state: Some("/s".into()),
+            suspect: Some(SuspectAction::Drop),
+        };
+        let line = "serve --vm name=a,tap=b --vm name=c --control /c --state /s --suspect-action drop";
+        assert_eq!(typed(line), Ok(Command::Serve(origins)));
+        assert_eq!(
+            typed("serve --suspect-action mirror").unwrap_err(),
+            "vmflow: --suspect-action: the suspect action \"mirror\" is not in this release: \
+             write \"count\" or \"drop\" (exit code 2)"
+        );
+    }
+
+    #[test]
+    fn watch_has_an_interval_of_its_own() {
+        let watch = |line| match typed(line) {
+            Ok(Command::Stats { vm, watch, .. }) => (vm, watch.map(|interval| interval.as_secs())),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(watch("stats"), (None, None));
+        assert_eq!(watch("stats --watch"), (None, Some(1)));
+        assert_eq!(watch("stats web1 --watch"), (Some("web1".into()), Some(1)));
+        assert_eq!(watch("stats web1 --watch 5"), (Some("web1".into()), Some(5)));
+        assert!(typed("stats --watch 0").is_err() && typed("stats --json --watch").is_err());
+    }
+
+    #[test]
+    fn a_wrong_command_line_is_one_line_and_exit_code_2() {
+        assert_eq!(
+            typed("serve --confg x").unwrap_err(),
+            "vmflow: unexpected argument '--confg' found; tip: a similar argument exists: '--config': \
+             see vmflow --help (exit code 2)"
+        );
+        assert_eq!(
+            typed("suspect web1").unwrap_err(),
+            "vmflow: the following required arguments were not provided: --reason <TEXT>: \
+             see vmflow --help (exit code 2)"
+        );
+        assert_eq!(
+            typed("clear ../x").unwrap_err(),
+            "vmflow: VM name \"../x\" begins with a dot or a dash: choose another name (exit code 2)"
+        );
+        assert_eq!(typed("--help").unwrap_err(), "shown, exit code 0");
+        assert_eq!(typed("").unwrap_err(), "shown, exit code 2");
+    }
+
+    #[test]
+    fn a_reason_is_one_line_that_says_something() {
+        assert_eq!(tag_reason(" port scan ").unwrap(), "port scan");
+        for wrong in ["", "  ", "a\nb", &"x".repeat(REASON_MAX + 1)] {
+            assert!(tag_reason(wrong).is_err(), "{wrong:?}");
+        }
+    }
+}
