@@ -5,15 +5,20 @@
 
 use std::{
     ffi::OsString,
-    io::{self, Write},
+    io::{self, IsTerminal, Write},
     num::NonZeroU32,
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::Duration,
 };
 
 use clap::{Args, Parser, Subcommand, error::ErrorKind};
 
-use crate::config::{self, Config, DEFAULT_CONTROL, DEFAULT_FILE, Faults, Origins, Vm};
+use crate::{
+    client::{self, Action, ClientError},
+    config::{self, Config, DEFAULT_CONTROL, DEFAULT_FILE, Faults, Origins, Vm},
+    keeper::{self, brief::Brief},
+    monitor,
+};
 
 /// Longest reason for a tag, in bytes: it is shown in tables and kept for ever.
 const REASON_MAX: usize = 200;
@@ -25,40 +30,15 @@ pub enum Command {
     Serve(Origins),
     /// Judge a configuration and change nothing.
     Check(Origins),
-    /// Show the VMs.
-    Vms {
-        /// The monitor's socket.
+    /// Ask the running monitor.
+    Ask {
+        /// Its socket.
         control: PathBuf,
-    },
-    /// Show what was counted.
-    Stats {
-        /// The monitor's socket.
-        control: PathBuf,
-        /// This VM only.
-        vm: Option<String>,
-        /// The document as it is.
-        json: bool,
-        /// Again and again, at this interval.
-        watch: Option<Duration>,
-    },
-    /// Put every frame of a VM under its suspect label.
-    Suspect {
-        /// The monitor's socket.
-        control: PathBuf,
-        /// The VM's name.
-        vm: String,
-        /// Why, for those who come later.
-        reason: String,
-    },
-    /// Take the tag off a VM.
-    Clear {
-        /// The monitor's socket.
-        control: PathBuf,
-        /// The VM's name.
-        vm: String,
+        /// For what.
+        action: Action,
     },
     /// Be a port's keeper: the monitor starts these.
-    Keeper,
+    Keeper(Box<Brief>),
 }
 
 /// Why the command did not do what it should.
@@ -73,9 +53,12 @@ pub enum CliError {
     /// The output could not be written.
     #[error("standard output: {0}")]
     Output(#[from] io::Error),
-    /// A part of this release that is not there yet.
-    #[error("{0} is not built in yet")]
-    NotBuiltIn(&'static str),
+    /// The monitor did not do as asked.
+    #[error(transparent)]
+    Ask(#[from] ClientError),
+    /// The monitor, or a keeper, cannot run.
+    #[error("{0:#}")]
+    Run(#[from] anyhow::Error),
 }
 
 impl CliError {
@@ -87,7 +70,7 @@ impl CliError {
     pub const fn exit_code(&self) -> u8 {
         match self {
             Self::Usage(_) | Self::Config(_) => Self::USAGE,
-            Self::Output(_) | Self::NotBuiltIn(_) => Self::OTHER,
+            Self::Output(_) | Self::Ask(_) | Self::Run(_) => Self::OTHER,
         }
     }
 
@@ -124,7 +107,11 @@ enum LowCommand {
         config: PathBuf,
     },
     /// List the VMs, their labels and ports
-    Vms,
+    Vms {
+        /// Print the document as it is
+        #[arg(long)]
+        json: bool,
+    },
     /// Show what every VM sent and received
     Stats {
         /// This VM only
@@ -151,7 +138,10 @@ enum LowCommand {
     },
     /// Hold one front end's connection
     #[command(hide = true)]
-    Keeper,
+    Keeper {
+        /// The port, as the monitor describes it
+        brief: String,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -213,17 +203,21 @@ impl LowArgs {
             LowCommand::Check { config } => {
                 Command::Check(Origins { file: Some(config), control: written, ..Origins::default() })
             }
-            LowCommand::Vms => Command::Vms { control },
+            LowCommand::Vms { json } => Command::Ask { control, action: Action::Vms { json } },
             LowCommand::Stats { vm, json, watch } => {
                 let vm = vm.map(|name| vm_name(&name)).transpose()?;
                 let watch = watch.map(|seconds| Duration::from_secs(seconds.get().into()));
-                Command::Stats { control, vm, json, watch }
+                Command::Ask { control, action: Action::Stats { vm, json, watch } }
             }
             LowCommand::Suspect { vm, reason } => {
-                Command::Suspect { control, vm: vm_name(&vm)?, reason: tag_reason(&reason)? }
+                let action = Action::Suspect { vm: vm_name(&vm)?, reason: tag_reason(&reason)? };
+                Command::Ask { control, action }
             }
-            LowCommand::Clear { vm } => Command::Clear { control, vm: vm_name(&vm)? },
-            LowCommand::Keeper => Command::Keeper,
+            LowCommand::Clear { vm } => Command::Ask { control, action: Action::Clear { vm: vm_name(&vm)? } },
+            LowCommand::Keeper { brief } => {
+                let brief = serde_json::from_str(&brief);
+                Command::Keeper(Box::new(brief.map_err(|error| CliError::Usage(error.to_string()))?))
+            }
         })
     }
 }
@@ -258,17 +252,17 @@ fn tag_reason(text: &str) -> Result<String, CliError> {
 pub fn run(command: Command) -> Result<(), CliError> {
     match command {
         Command::Check(origins) => check(&Config::load(&origins)?, &mut io::stdout().lock()),
-        // NOT BUILT IN YET: the monitor, its clients and the keeper are called from here.
-        Command::Serve(origins) => {
-            let _config = Config::load(&origins)?;
-            Err(CliError::NotBuiltIn("serve"))
-        }
-        Command::Vms { .. } => Err(CliError::NotBuiltIn("vms")),
-        Command::Stats { .. } => Err(CliError::NotBuiltIn("stats")),
-        Command::Suspect { .. } => Err(CliError::NotBuiltIn("suspect")),
-        Command::Clear { .. } => Err(CliError::NotBuiltIn("clear")),
-        Command::Keeper => Err(CliError::NotBuiltIn("keeper")),
+        Command::Serve(origins) => Ok(monitor::run(&Config::load(&origins)?)?),
+        Command::Ask { control, action } => ask(&control, &action),
+        Command::Keeper(brief) => Ok(keeper::run(*brief)?),
     }
+}
+
+fn ask(control: &Path, action: &Action) -> Result<(), CliError> {
+    let mut out = io::stdout().lock();
+    let is_terminal = out.is_terminal();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    Ok(runtime.block_on(client::run(control, action, &mut out, is_terminal))?)
 }
 
 /// What a valid configuration comes to.
@@ -314,11 +308,12 @@ mod tests {
     #[test]
     fn every_subcommand_takes_a_control_socket_before_and_after_its_name() {
         let control = PathBuf::from("/x");
-        assert_eq!(typed("vms --control /x"), Ok(Command::Vms { control: control.clone() }));
-        assert_eq!(typed("--control /x vms"), Ok(Command::Vms { control: control.clone() }));
-        assert_eq!(typed("clear a --control /x"), Ok(Command::Clear { control, vm: "a".into() }));
-        assert_eq!(typed("vms"), Ok(Command::Vms { control: DEFAULT_CONTROL.into() }));
-        assert_eq!(typed("keeper --control /x"), Ok(Command::Keeper));
+        let ask = |control: &PathBuf, action| Ok(Command::Ask { control: control.clone(), action });
+        let vms = Action::Vms { json: false };
+        assert_eq!(typed("vms --control /x"), ask(&control, vms.clone()));
+        assert_eq!(typed("--control /x vms"), ask(&control, vms.clone()));
+        assert_eq!(typed("clear a --control /x"), ask(&control, Action::Clear { vm: "a".into() }));
+        assert_eq!(typed("vms"), ask(&DEFAULT_CONTROL.into(), vms));
     }
 
     #[test]
@@ -353,7 +348,9 @@ mod tests {
     #[test]
     fn watch_has_an_interval_of_its_own() {
         let watch = |line| match typed(line) {
-            Ok(Command::Stats { vm, watch, .. }) => (vm, watch.map(|interval| interval.as_secs())),
+            Ok(Command::Ask { action: Action::Stats { vm, watch, .. }, .. }) => {
+                (vm, watch.map(|interval| interval.as_secs()))
+            }
             other => panic!("{other:?}"),
         };
         assert_eq!(watch("stats"), (None, None));

@@ -49,11 +49,11 @@
 //! * **A guest can cause a counted drop**: never an error, a panic, an allocation or an unlimited log line.
 //! * `unsafe` is in a few files, each named in `tests/style.rs`.
 
+pub mod cli;
 pub mod client;
+pub mod config;
 pub mod features;
 pub mod keeper;
-pub mod cli;
-pub mod config;
 pub mod label;
 pub mod ledger;
 pub mod monitor;

@@ -1,4 +1,217 @@
-//! The monitor: one process per host, which owns the sockets, the labels and what the outside sees.
+//! The monitor: one process per host, which owns the sockets, the taps, the labels, the policies and what the
+//! outside sees. It never touches a frame.
+//!
+//! Order of start-up: what can be refused is refused before anything changes. First the labels (and with them
+//! the state directory, which no other vmflow may have), then every socket, then the taps, then the ports; and
+//! when all of it listens, it says so.
 
 pub mod api;
+pub mod doorbell;
+pub mod host;
+pub mod inherited;
+pub mod link;
 pub mod listen;
+pub mod ports;
+pub mod registry;
+pub mod spawn;
+
+use std::{collections::HashMap, os::fd::OwnedFd, rc::Rc};
+
+use anyhow::Context;
+use rustix::process::{Resource, Rlimit, getrlimit, set_child_subreaper, setrlimit};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::{mpsc, watch},
+    task::{JoinSet, LocalSet},
+};
+
+use crate::{
+    config::{self, Config},
+    keeper::brief::Brief,
+    label::Label,
+    policy::Policy,
+    tap,
+};
+use doorbell::Doorbell;
+use host::{Host, Vm};
+use link::Wanted;
+use listen::{Access, Claim};
+use ports::Port;
+use registry::Registry;
+
+/// Users (and groups) that keepers run as: this number plus the VM's label. The range up to 2^31 belongs to
+/// no distribution's users, containers or dynamic services.
+const UID_BASE: u32 = 0x7000_0000;
+/// Labels beyond this share a user with another VM; nobody has that many.
+const UID_COUNT: u32 = 0x0fff_fffe;
+/// Commands of the API that may wait.
+const COMMANDS: usize = 64;
+/// Mode of a VM's socket directory.
+const SOCKET_DIRECTORY: u32 = 0o710;
+/// Mode of the control socket: whoever may write to it may change things.
+const CONTROL_MODE: u32 = 0o600;
+/// Mode of the statistics socket.
+const STATS_MODE: u32 = 0o660;
+
+/// Runs until it is told to end.
+///
+/// # Errors
+/// One line that says what is wrong and where; nothing was changed then that a later start would not find
+/// right.
+pub fn run(config: &Config) -> anyhow::Result<()> {
+    rustix::thread::set_name(c"vmf-mon")?;
+    set_child_subreaper(Some(rustix::process::getpid()))?;
+    let limit = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit })?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    LocalSet::new().block_on(&runtime, serve(config))
+}
+
+async fn serve(config: &Config) -> anyhow::Result<()> {
+    let mut registry = Registry::open(&config.daemon.state)?;
+    let labels = registry.allocate(&claims(config), &config.daemon.labels)?;
+    let (mut sockets, claims) = bind(config)?;
+    let mut taps = inherited::take();
+    let mut vms = Vec::new();
+    for (vm, label) in config.vms.iter().zip(labels) {
+        vms.push(set_up(vm, label, config, &registry, &mut sockets, &mut taps)?);
+    }
+    let host = Rc::new(Host::new(config.daemon.node.clone(), vms, registry));
+    let (stop, stopped) = watch::channel(false);
+    let mut ports = JoinSet::new();
+    for port in host.ports() {
+        let (port, stopped) = (Rc::clone(port), stopped.clone());
+        ports.spawn_local(async move { port.serve(stopped).await });
+    }
+    let api = Api::start(config, &host)?;
+    announce(config);
+    wait_for_the_end().await?;
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    stop.send_replace(true);
+    while ports.join_next().await.is_some() {}
+    drop((api, claims)); // removes the sockets
+    tracing::info!("ended: every frame that was taken is where it belongs");
+    Ok(())
+}
+
+fn claims(config: &Config) -> Vec<registry::Claim> {
+    let claim = |vm: &config::Vm| registry::Claim { name: vm.name.clone(), uuid: vm.uuid, label: vm.label };
+    config.vms.iter().map(claim).collect()
+}
+
+/// Listens for the front ends of every port in server mode, or for none of them. In the order of the ports.
+fn bind(config: &Config) -> anyhow::Result<(Vec<Doorbell>, Vec<Claim>)> {
+    let (mut doorbells, mut claims) = (Vec::new(), Vec::new());
+    for port in config.vms.iter().flat_map(|vm| &vm.ports) {
+        if port.mode == config::Mode::Client {
+            doorbells.push(Doorbell::Client(port.socket.clone()));
+            continue;
+        }
+        let access = Access { mode: port.socket_mode, uid: port.owner, gid: port.group };
+        let path = &port.socket;
+        if let Some(directory) = path.parent() {
+            listen::ensure_directory(directory, &Access { mode: SOCKET_DIRECTORY, ..access })?;
+        }
+        let (listener, claim) = listen::bind_unix(path, &access)?.into_tokio()?;
+        doorbells.push(Doorbell::Server(listener));
+        claims.push(claim);
+    }
+    doorbells.reverse(); // to be taken from the end
+    Ok((doorbells, claims))
+}
+
+fn set_up(
+    vm: &config::Vm,
+    label: Label,
+    config: &Config,
+    registry: &Registry,
+    doorbells: &mut Vec<Doorbell>,
+    taps: &mut HashMap<String, OwnedFd>,
+) -> anyhow::Result<Vm> {
+    let tag = registry.entry(label).and_then(|entry| entry.suspect.clone());
+    let suspect_action = vm.suspect.unwrap_or(config.suspect);
+    let policy = Policy { generation: 1, label, tagged: tag.is_some(), suspect_action };
+    let mut ports = Vec::new();
+    for (number, port) in vm.ports.iter().enumerate() {
+        let (tap, mtu) = open_tap(port, taps.remove(port.tap.as_str()))?;
+        let brief = Brief {
+            vm: vm.name.clone(),
+            label: label.get(),
+            port: number,
+            uid: UID_BASE + label.get() % UID_COUNT,
+            queue_pairs: port.queue_pairs,
+            mtu,
+            mac: port.mac.map(config::Mac::bytes),
+            control_queue: port.control_queue,
+        };
+        let doorbell = doorbells.pop().context("a port without a socket")?;
+        let parts = ports::Parts { brief, doorbell, peer: port.peer, tap, policy };
+        ports.push(Rc::new(Port::new(parts)?));
+    }
+    Ok(Vm::new(vm.clone(), policy, tag, ports))
+}
+
+/// The port's tap, set up, and its MTU.
+fn open_tap(port: &config::Port, handed_in: Option<OwnedFd>) -> anyhow::Result<(OwnedFd, u16)> {
+    let name = port.tap.as_str();
+    let tap = match handed_in {
+        Some(fd) => tap::adopt(fd, name)?,
+        None => tap::attach(name)?,
+    };
+    let wanted = Wanted {
+        name: name.into(),
+        netns: port.netns.as_ref().map(|netns| netns.path().to_path_buf()),
+        bridge: port.bridge.clone(),
+        mtu: port.mtu,
+    };
+    Ok((tap, link::configure(&wanted)?.mtu))
+}
+
+/// The API's sockets and tasks; both end when it is dropped.
+struct Api {
+    _tasks: JoinSet<std::convert::Infallible>,
+    _claims: Vec<Claim>,
+}
+
+impl Api {
+    fn start(config: &Config, host: &Rc<Host>) -> anyhow::Result<Self> {
+        let (commands, mut received) = mpsc::channel(COMMANDS);
+        let daemon = &config.daemon;
+        let stats = Access { mode: STATS_MODE, uid: None, gid: daemon.stats_group };
+        let sockets = [
+            (&daemon.control, Access::mode(CONTROL_MODE), api::control_router(commands.clone())),
+            (&daemon.stats, stats, api::stats_router(commands)),
+        ];
+        let mut api = Self { _tasks: JoinSet::new(), _claims: Vec::new() };
+        for (path, access, router) in sockets {
+            let (listener, claim) = listen::bind_unix(path, &access)?.into_tokio()?;
+            api._claims.push(claim);
+            api._tasks.spawn_local(api::serve_unix(listener, router, api::Limits::default()));
+        }
+        let host = Rc::clone(host);
+        tokio::task::spawn_local(async move {
+            while let Some(command) = received.recv().await {
+                Rc::clone(&host).obey(command);
+            }
+        });
+        Ok(api)
+    }
+}
+
+/// Every socket listens: say so.
+fn announce(config: &Config) {
+    let ports = config.vms.iter().map(|vm| vm.ports.len()).sum::<usize>();
+    let (vms, control) = (config.vms.len(), config.daemon.control.display());
+    tracing::info!("ready: {vms} VMs, {ports} ports, control socket {control}");
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+}
+
+async fn wait_for_the_end() -> std::io::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    Ok(())
+}

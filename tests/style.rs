@@ -1,0 +1,76 @@
+//! Rules about the source itself.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use vmflow::ledger::DropReason;
+
+/// The files that may contain `unsafe`, and why each needs it.
+const UNSAFE: [(&str, &str); 7] = [
+    ("src/keeper/door.rs", "unshare"),
+    ("src/keeper/process.rs", "fork, signalfd, inherited descriptors"),
+    ("src/ledger/layout.rs", "the shared mapping"),
+    ("src/monitor/spawn.rs", "a promise to tokio about a descriptor"),
+    ("src/path/forward.rs", "writev with pointers into guest memory"),
+    ("src/tap.rs", "ioctls of the TUN driver"),
+    ("src/monitor/inherited.rs", "descriptors handed in by the service manager"),
+];
+/// Lines that a file may have without its tests.
+const LINES: usize = 500;
+
+fn sources(under: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(under).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            found.extend(sources(&path));
+        } else if path.extension().is_some_and(|e| e == "rs") {
+            found.push(path);
+        }
+    }
+    found
+}
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn name(path: &Path) -> String {
+    path.strip_prefix(root()).unwrap().display().to_string()
+}
+
+#[test]
+fn unsafe_is_in_the_named_files_only_and_in_each_of_them() {
+    let has_unsafe =
+        |text: &str| ["unsafe {", "unsafe fn", "unsafe impl"].iter().any(|word| text.contains(word));
+    let mut found: Vec<_> = sources(&root().join("src"))
+        .into_iter()
+        .filter(|path| has_unsafe(&fs::read_to_string(path).unwrap()))
+        .map(|path| name(&path))
+        .collect();
+    found.sort();
+    let mut named: Vec<_> = UNSAFE.iter().map(|(file, _)| (*file).to_string()).collect();
+    named.sort();
+    assert_eq!(found, named);
+}
+
+#[test]
+fn no_file_is_longer_than_a_reader_can_hold() {
+    for path in sources(&root().join("src")) {
+        let text = fs::read_to_string(&path).unwrap();
+        let lines = text.lines().take_while(|line| *line != "#[cfg(test)]").count();
+        let is_tests = path.file_name().is_some_and(|n| n == "tests.rs");
+        assert!(is_tests || lines <= LINES, "{} has {lines} lines", name(&path));
+    }
+}
+
+#[test]
+fn every_drop_reason_is_in_the_readme_with_its_sentence() {
+    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    for reason in DropReason::ALL {
+        let row = format!("| `{}` | {} |", reason.name(), reason.meaning());
+        assert!(readme.contains(&row), "README.md lacks: {row}");
+    }
+}
