@@ -18,7 +18,7 @@ bits! {
     MRG_RXBUF = virtio_net::VIRTIO_NET_F_MRG_RXBUF;
     /// The 1.0 device: 12-byte virtio-net header, little endian.
     VERSION_1 = virtio_config::VIRTIO_F_VERSION_1;
-    /// used_event and avail_event.
+    /// Events at an index: `used_event` and `avail_event`.
     EVENT_IDX = virtio_ring::VIRTIO_RING_F_EVENT_IDX;
     /// There is a control queue. It stays with the VMM: we never see it.
     CTRL_VQ = virtio_net::VIRTIO_NET_F_CTRL_VQ;

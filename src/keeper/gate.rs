@@ -12,17 +12,19 @@ use super::{
     brief::Brief,
     files::{self, Descriptors},
     memory::{Region, Regions},
-    message::{Message, NEED_REPLY, request::*, u32_at, u64_at},
+    message::{Message, NEED_REPLY, request, u32_at, u64_at},
 };
 use crate::features;
 
-/// Largest queue size ("SET_VRING_NUM"; virtio 1.2, 2.7: at most 32768).
+/// Largest queue size (virtio 1.2, 2.7: at most 32768).
 const QUEUE_SIZE_MAX: u32 = 32_768;
 /// `u64` messages with a descriptor: the ring's index, and a flag that there is none.
 const RING_MASK: u64 = 0xff;
 const NO_DESCRIPTOR: u64 = 1 << 8;
 /// `struct virtio_net_config` as far as we fill it in, and the most that may be asked for, in bytes.
 const CONFIG_MAX: u32 = 256;
+/// `VIRTIO_NET_S_LINK_UP`.
+const LINK_UP: u16 = 1;
 
 /// What is to be done about a message.
 #[derive(Debug)]
@@ -107,28 +109,31 @@ impl Gate {
     fn decide(&mut self, message: &Message, files: Vec<OwnedFd>) -> Result<Step, String> {
         let body = &message.body[..];
         match message.request {
-            GET_FEATURES => Ok(number(self.brief.features())),
-            SET_FEATURES => self.set_features(u64_of(body)?),
-            GET_PROTOCOL_FEATURES => Ok(number(features::protocol::OFFERED)),
-            SET_PROTOCOL_FEATURES => self.set_protocol_features(u64_of(body)?),
-            GET_QUEUE_NUM => Ok(number(self.rings.len() as u64)),
-            GET_MAX_MEM_SLOTS => Ok(number(Regions::MAX as u64)),
-            // The keeper opened the worker's session itself, and there is one front end.
-            SET_OWNER => Ok(Step::Acknowledge(true)),
-            RESET_OWNER | RESET_DEVICE => Ok(self.reset()),
-            SET_MEM_TABLE => self.set_memory(body, files),
-            ADD_MEM_REG => self.add_region(body, files),
-            REM_MEM_REG => self.remove_region(body),
-            SET_VRING_NUM | SET_VRING_ADDR | SET_VRING_BASE | GET_VRING_BASE | SET_VRING_ENABLE => {
-                self.ring_state(message.request, body)
+            request::GET_FEATURES => Ok(number(self.brief.features())),
+            request::SET_FEATURES => self.set_features(u64_of(body)?),
+            request::GET_PROTOCOL_FEATURES => Ok(number(features::protocol::OFFERED)),
+            request::SET_PROTOCOL_FEATURES => self.set_protocol_features(u64_of(body)?),
+            request::GET_QUEUE_NUM => Ok(number(self.rings.len() as u64)),
+            request::GET_MAX_MEM_SLOTS => Ok(number(Regions::MAX as u64)),
+            request::RESET_OWNER | request::RESET_DEVICE => Ok(self.reset()),
+            request::SET_MEM_TABLE => self.set_memory(body, files),
+            request::ADD_MEM_REG => self.add_region(body, files),
+            request::REM_MEM_REG => self.remove_region(body),
+            request::SET_VRING_NUM
+            | request::SET_VRING_ADDR
+            | request::SET_VRING_BASE
+            | request::GET_VRING_BASE
+            | request::SET_VRING_ENABLE => self.ring_state(message.request, body),
+            request::SET_VRING_KICK | request::SET_VRING_CALL | request::SET_VRING_ERR => {
+                self.ring_file(message.request, body, files)
             }
-            SET_VRING_KICK | SET_VRING_CALL | SET_VRING_ERR => self.ring_file(message.request, body, files),
-            NET_SET_MTU => Ok(Step::Acknowledge(u64_of(body)? <= u64::from(self.brief.mtu))),
-            // There is nothing to announce: a VM cannot be migrated yet, and its tap stays where it is.
-            SEND_RARP => Ok(Step::Acknowledge(true)),
-            GET_CONFIG => self.config(body),
+            request::NET_SET_MTU => Ok(Step::Acknowledge(u64_of(body)? <= u64::from(self.brief.mtu))),
+            // The keeper opened the worker's session itself, and there is one front end. There is nothing to
+            // announce: a VM cannot be migrated yet, and its tap stays where it is.
+            request::SET_OWNER | request::SEND_RARP => Ok(Step::Acknowledge(true)),
+            request::GET_CONFIG => self.config(body),
             // The device's configuration is the operator's.
-            SET_CONFIG => Ok(Step::Acknowledge(false)),
+            request::SET_CONFIG => Ok(Step::Acknowledge(false)),
             unknown => {
                 tracing::debug!(
                     request = unknown,
@@ -146,11 +151,11 @@ impl Gate {
         }
         // The worker's session always has the protocol features, whatever the front end knows of.
         let features = acked | features::PROTOCOL_FEATURES;
-        let mut requests = vec![request(SET_FEATURES, features.to_ne_bytes().to_vec())];
+        let mut requests = vec![ask(request::SET_FEATURES, features.to_ne_bytes().to_vec())];
         if acked & features::PROTOCOL_FEATURES == 0 {
             // Without them rings are enabled from the start ("Ring states").
             let rings = u32::try_from(self.rings.len()).unwrap_or_default();
-            requests.extend((0..rings).map(|ring| request(SET_VRING_ENABLE, state(ring, 1))));
+            requests.extend((0..rings).map(|ring| ask(request::SET_VRING_ENABLE, state(ring, 1))));
         }
         Ok(Step::AskAll(requests))
     }
@@ -171,9 +176,9 @@ impl Gate {
         let mut requests = Vec::new();
         for (index, ring) in (0..).zip(&mut self.rings) {
             if std::mem::take(&mut ring.started) {
-                requests.push(request(GET_VRING_BASE, state(index, 0)));
+                requests.push(ask(request::GET_VRING_BASE, state(index, 0)));
             }
-            requests.push(request(SET_VRING_ENABLE, state(index, 0)));
+            requests.push(ask(request::SET_VRING_ENABLE, state(index, 0)));
         }
         Step::AskAll(requests)
     }
@@ -182,7 +187,7 @@ impl Gate {
         let regions = Regions::from_table(body, files)?;
         let (body, files) = regions.to_table()?;
         self.regions = regions;
-        Ok(Step::Ask(Request { code: SET_MEM_TABLE, body, files }))
+        Ok(Step::Ask(Request { code: request::SET_MEM_TABLE, body, files }))
     }
 
     fn add_region(&mut self, body: &[u8], files: Vec<OwnedFd>) -> Result<Step, String> {
@@ -193,7 +198,7 @@ impl Gate {
         }
         let file = files.into_iter().next().ok_or("a region without a file")?;
         let (body, files) = self.regions.add(region, file)?;
-        Ok(Step::Ask(Request { code: ADD_MEM_REG, body, files }))
+        Ok(Step::Ask(Request { code: request::ADD_MEM_REG, body, files }))
     }
 
     fn remove_region(&mut self, body: &[u8]) -> Result<Step, String> {
@@ -202,11 +207,11 @@ impl Gate {
             // Added once and removed once per queue pair, again.
             return Ok(Step::Acknowledge(true));
         }
-        Ok(Step::Ask(request(REM_MEM_REG, region.to_single())))
+        Ok(Step::Ask(ask(request::REM_MEM_REG, region.to_single())))
     }
 
     fn ring_state(&mut self, code: u32, body: &[u8]) -> Result<Step, String> {
-        let expected = if code == SET_VRING_ADDR { 40 } else { 8 };
+        let expected = if code == request::SET_VRING_ADDR { 40 } else { 8 };
         if body.len() != expected {
             return Err(format!("{} bytes instead of {expected}", body.len()));
         }
@@ -214,18 +219,20 @@ impl Gate {
         let known = !self.regions.is_empty();
         let ring = self.ring(index.into())?;
         match code {
-            SET_VRING_NUM if ring.started => return Err("a running ring cannot change its size".into()),
-            SET_VRING_NUM if value > QUEUE_SIZE_MAX || !value.is_power_of_two() => {
+            request::SET_VRING_NUM if ring.started => {
+                return Err("a running ring cannot change its size".into());
+            }
+            request::SET_VRING_NUM if value > QUEUE_SIZE_MAX || !value.is_power_of_two() => {
                 return Err(format!(
                     "{value} is no queue size: it must be a power of two up to {QUEUE_SIZE_MAX}"
                 ));
             }
-            SET_VRING_ADDR if !known => return Err("addresses before memory".into()),
-            SET_VRING_ENABLE if value > 1 => return Err(format!("{value} is neither 0 nor 1")),
-            GET_VRING_BASE => ring.started = false,
+            request::SET_VRING_ADDR if !known => return Err("addresses before memory".into()),
+            request::SET_VRING_ENABLE if value > 1 => return Err(format!("{value} is neither 0 nor 1")),
+            request::GET_VRING_BASE => ring.started = false,
             _ => {}
         }
-        Ok(Step::Ask(request(code, body.to_vec())))
+        Ok(Step::Ask(ask(code, body.to_vec())))
     }
 
     fn ring_file(&mut self, code: u32, body: &[u8], files: Vec<OwnedFd>) -> Result<Step, String> {
@@ -244,10 +251,12 @@ impl Gate {
             }
             // An eventfd that blocks would let the front end stop the data path.
             Some(file) => files::set_nonblocking(file).map_err(|e| format!("the eventfd: {e}"))?,
-            None if code == SET_VRING_KICK => return Err("polling without a kick was never offered".into()),
+            None if code == request::SET_VRING_KICK => {
+                return Err("polling without a kick was never offered".into());
+            }
             None => {}
         }
-        if code == SET_VRING_KICK {
+        if code == request::SET_VRING_KICK {
             self.ring(value & RING_MASK)?.started = true;
         }
         Ok(Step::Ask(Request { code, body: body.to_vec(), files: file.into_iter().collect() }))
@@ -260,7 +269,6 @@ impl Gate {
         let (Some(end), true) = (end, body.len() >= 12) else {
             return Err(format!("{size} bytes of configuration at {offset}"));
         };
-        const LINK_UP: u16 = 1;
         let mut config = Vec::new();
         config.extend(self.brief.mac.unwrap_or_default());
         for word in [LINK_UP, self.brief.queue_pairs, self.brief.mtu] {
@@ -281,7 +289,7 @@ impl Gate {
     }
 }
 
-fn request(code: u32, body: Vec<u8>) -> Request {
+fn ask(code: u32, body: Vec<u8>) -> Request {
     Request { code, body, files: Vec::new() }
 }
 

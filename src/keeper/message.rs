@@ -25,7 +25,7 @@ use rustix::{
 const HEADER: usize = 12;
 /// Longest payload that is accepted, in bytes: the longest real one, a memory table, has 264.
 const PAYLOAD_MAX: usize = 4096;
-/// Most descriptors that one `recvmsg` can carry (SCM_MAX_FD).
+/// Most descriptors that one `recvmsg` can carry (`SCM_MAX_FD`).
 const DESCRIPTORS_MAX: usize = 253;
 /// Most descriptors that we send: one for each region of the largest memory table.
 const DESCRIPTORS_SENT: usize = 32;

@@ -23,7 +23,7 @@ use rustix::{
 use super::{
     brief::Brief,
     gate::Request,
-    message::{self, Inbox, MessageError, NEED_REPLY, REPLY, request::*},
+    message::{self, Inbox, MessageError, NEED_REPLY, REPLY, request},
     process::{self, Inherited},
 };
 use crate::{
@@ -78,11 +78,11 @@ impl Worker {
 
     fn open(&mut self) -> Result<(), WorkerError> {
         // The crate acknowledges nothing before it has seen GET_FEATURES and the protocol features.
-        self.ask_number(GET_FEATURES, None)?;
+        self.ask_number(request::GET_FEATURES, None)?;
         let protocol = protocol::MQ | protocol::REPLY_ACK | protocol::CONFIGURE_MEM_SLOTS;
-        self.ask_number(SET_PROTOCOL_FEATURES, Some(protocol))?;
-        self.ask_number(SET_OWNER, None)?;
-        self.ask_number(SET_FEATURES, Some(features::PROTOCOL_FEATURES))
+        self.ask_number(request::SET_PROTOCOL_FEATURES, Some(protocol))?;
+        self.ask_number(request::SET_OWNER, None)?;
+        self.ask_number(request::SET_FEATURES, Some(features::PROTOCOL_FEATURES))
     }
 
     fn ask_number(&mut self, code: u32, value: Option<u64>) -> Result<(), WorkerError> {
@@ -94,18 +94,17 @@ impl Worker {
     ///
     /// # Errors
     /// [`WorkerError`]: it is dead or as good as dead.
-    pub fn ask(&mut self, request: &Request) -> Result<Vec<u8>, WorkerError> {
-        let has_answer = matches!(request.code, GET_FEATURES | GET_VRING_BASE);
+    pub fn ask(&mut self, asked: &Request) -> Result<Vec<u8>, WorkerError> {
+        let has_answer = matches!(asked.code, request::GET_FEATURES | request::GET_VRING_BASE);
         let flags = if has_answer { 0 } else { NEED_REPLY };
-        let files: Vec<BorrowedFd<'_>> = request.files.iter().map(AsFd::as_fd).collect();
-        let gone = |e| WorkerError::Gone(request.code, e);
-        message::send(&self.session, request.code, flags, &request.body, &files)
-            .map_err(|e| gone(e.into()))?;
+        let files: Vec<BorrowedFd<'_>> = asked.files.iter().map(AsFd::as_fd).collect();
+        let gone = |e| WorkerError::Gone(asked.code, e);
+        message::send(&self.session, asked.code, flags, &asked.body, &files).map_err(|e| gone(e.into()))?;
         let deadline = Instant::now() + PATIENCE;
         loop {
-            self.wait_readable(deadline).map_err(|_| WorkerError::Hangs(request.code))?;
+            self.wait_readable(deadline).map_err(|_| WorkerError::Hangs(asked.code))?;
             match self.inbox.receive(&self.session).map_err(gone)? {
-                Some(answer) if answer.request == request.code && answer.flags & REPLY != 0 => {
+                Some(answer) if answer.request == asked.code && answer.flags & REPLY != 0 => {
                     return Ok(answer.body);
                 }
                 Some(_) | None => {}

@@ -29,6 +29,12 @@ pub struct FrontEnd {
 }
 
 impl Doorbell {
+    /// True if front ends come to us.
+    #[must_use]
+    pub const fn listens(&self) -> bool {
+        matches!(self, Self::Server(_))
+    }
+
     /// Waits for the next front end; refuses those of another user than `only`. May be dropped and called
     /// again.
     pub async fn ring(&self, only: Option<u32>) -> FrontEnd {

@@ -6,6 +6,7 @@
 //! when all of it listens, it says so.
 
 pub mod api;
+pub mod connection;
 pub mod doorbell;
 pub mod host;
 pub mod inherited;
@@ -15,7 +16,7 @@ pub mod ports;
 pub mod registry;
 pub mod spawn;
 
-use std::{collections::HashMap, os::fd::OwnedFd, rc::Rc};
+use std::{collections::HashMap, convert::Infallible, os::fd::OwnedFd, rc::Rc};
 
 use anyhow::Context;
 use rustix::process::{Resource, Rlimit, getrlimit, set_child_subreaper, setrlimit};
@@ -29,7 +30,7 @@ use crate::{
     config::{self, Config},
     keeper::brief::Brief,
     label::Label,
-    policy::Policy,
+    policy::{Policy, SuspectAction},
     tap,
 };
 use doorbell::Doorbell;
@@ -37,7 +38,7 @@ use host::{Host, Vm};
 use link::Wanted;
 use listen::{Access, Claim};
 use ports::Port;
-use registry::Registry;
+use registry::{Registry, Tag};
 
 /// Users (and groups) that keepers run as: this number plus the VM's label. The range up to 2^31 belongs to
 /// no distribution's users, containers or dynamic services.
@@ -70,11 +71,12 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
 async fn serve(config: &Config) -> anyhow::Result<()> {
     let mut registry = Registry::open(&config.daemon.state)?;
     let labels = registry.allocate(&claims(config), &config.daemon.labels)?;
-    let (mut sockets, claims) = bind(config)?;
-    let mut taps = inherited::take();
+    let (doorbells, claims) = bind(config)?;
+    let mut host = Means { doorbells, taps: inherited::take(), suspect: config.suspect };
     let mut vms = Vec::new();
     for (vm, label) in config.vms.iter().zip(labels) {
-        vms.push(set_up(vm, label, config, &registry, &mut sockets, &mut taps)?);
+        let tag = registry.entry(label).and_then(|entry| entry.suspect.clone());
+        vms.push(host.set_up(vm, label, tag)?);
     }
     let host = Rc::new(Host::new(config.daemon.node.clone(), vms, registry));
     let (stop, stopped) = watch::channel(false);
@@ -120,35 +122,39 @@ fn bind(config: &Config) -> anyhow::Result<(Vec<Doorbell>, Vec<Claim>)> {
     Ok((doorbells, claims))
 }
 
-fn set_up(
-    vm: &config::Vm,
-    label: Label,
-    config: &Config,
-    registry: &Registry,
-    doorbells: &mut Vec<Doorbell>,
-    taps: &mut HashMap<String, OwnedFd>,
-) -> anyhow::Result<Vm> {
-    let tag = registry.entry(label).and_then(|entry| entry.suspect.clone());
-    let suspect_action = vm.suspect.unwrap_or(config.suspect);
-    let policy = Policy { generation: 1, label, tagged: tag.is_some(), suspect_action };
-    let mut ports = Vec::new();
-    for (number, port) in vm.ports.iter().enumerate() {
-        let (tap, mtu) = open_tap(port, taps.remove(port.tap.as_str()))?;
-        let brief = Brief {
-            vm: vm.name.clone(),
-            label: label.get(),
-            port: number,
-            uid: UID_BASE + label.get() % UID_COUNT,
-            queue_pairs: port.queue_pairs,
-            mtu,
-            mac: port.mac.map(config::Mac::bytes),
-            control_queue: port.control_queue,
-        };
-        let doorbell = doorbells.pop().context("a port without a socket")?;
-        let parts = ports::Parts { brief, doorbell, peer: port.peer, tap, policy };
-        ports.push(Rc::new(Port::new(parts)?));
+/// What ports are made of.
+struct Means {
+    /// In the order of the ports, from the end.
+    doorbells: Vec<Doorbell>,
+    /// Taps that were handed in, by name.
+    taps: HashMap<String, OwnedFd>,
+    /// The host's suspect action.
+    suspect: SuspectAction,
+}
+
+impl Means {
+    fn set_up(&mut self, vm: &config::Vm, label: Label, tag: Option<Tag>) -> anyhow::Result<Vm> {
+        let suspect_action = vm.suspect.unwrap_or(self.suspect);
+        let policy = Policy { generation: 1, label, tagged: tag.is_some(), suspect_action };
+        let mut ports = Vec::new();
+        for (number, port) in vm.ports.iter().enumerate() {
+            let (tap, mtu) = open_tap(port, self.taps.remove(port.tap.as_str()))?;
+            let brief = Brief {
+                vm: vm.name.clone(),
+                label: label.get(),
+                port: number,
+                uid: UID_BASE + label.get() % UID_COUNT,
+                queue_pairs: port.queue_pairs,
+                mtu,
+                mac: port.mac.map(config::Mac::bytes),
+                control_queue: port.control_queue,
+            };
+            let doorbell = self.doorbells.pop().context("a port without a socket")?;
+            let made_of = ports::Parts { brief, doorbell, peer: port.peer, tap, policy };
+            ports.push(Rc::new(Port::new(made_of)?));
+        }
+        Ok(Vm::new(vm.clone(), policy, tag, ports))
     }
-    Ok(Vm::new(vm.clone(), policy, tag, ports))
 }
 
 /// The port's tap, set up, and its MTU.
@@ -169,8 +175,10 @@ fn open_tap(port: &config::Port, handed_in: Option<OwnedFd>) -> anyhow::Result<(
 
 /// The API's sockets and tasks; both end when it is dropped.
 struct Api {
-    _tasks: JoinSet<std::convert::Infallible>,
-    _claims: Vec<Claim>,
+    #[expect(dead_code, reason = "held")]
+    tasks: JoinSet<Infallible>,
+    #[expect(dead_code, reason = "held")]
+    claims: Vec<Claim>,
 }
 
 impl Api {
@@ -182,11 +190,11 @@ impl Api {
             (&daemon.control, Access::mode(CONTROL_MODE), api::control_router(commands.clone())),
             (&daemon.stats, stats, api::stats_router(commands)),
         ];
-        let mut api = Self { _tasks: JoinSet::new(), _claims: Vec::new() };
+        let (mut tasks, mut claims) = (JoinSet::new(), Vec::new());
         for (path, access, router) in sockets {
             let (listener, claim) = listen::bind_unix(path, &access)?.into_tokio()?;
-            api._claims.push(claim);
-            api._tasks.spawn_local(api::serve_unix(listener, router, api::Limits::default()));
+            claims.push(claim);
+            tasks.spawn_local(api::serve_unix(listener, router, api::Limits::default()));
         }
         let host = Rc::clone(host);
         tokio::task::spawn_local(async move {
@@ -194,7 +202,7 @@ impl Api {
                 Rc::clone(&host).obey(command);
             }
         });
-        Ok(api)
+        Ok(Self { tasks, claims })
     }
 }
 

@@ -4,6 +4,7 @@ use std::{
     cell::{Cell, RefCell},
     io,
     os::fd::OwnedFd,
+    process::ExitStatus,
     time::Duration,
 };
 
@@ -13,24 +14,16 @@ use tokio::{
 };
 
 use super::{
+    connection::Connection,
     doorbell::{Doorbell, FrontEnd},
-    spawn::{KeeperProcess, PolicySocket},
 };
 use crate::{
-    keeper::{brief::Brief, process::Inherited},
+    keeper::brief::Brief,
     ledger::{Known, Ledger, Part},
-    policy::{
-        Policy,
-        handover::{self, Packet},
-    },
+    policy::Policy,
     tap,
 };
 
-/// A second front end may come before the first one's keeper has noticed that the first is gone (a VMM that
-/// restarts): it waits this long, and is then refused.
-const SECOND_WAITS: Duration = Duration::from_millis(500);
-/// How long a keeper may take to end in good order.
-const END_DEADLINE: Duration = Duration::from_secs(5);
 /// How long to wait before the next connection is served, when keepers cannot be started.
 const START_RETRY: Duration = Duration::from_secs(1);
 /// Two connections of one port begin at least this far apart: a front end that comes and goes all the time
@@ -42,15 +35,14 @@ const CONNECTION_SPACING: Duration = Duration::from_millis(50);
 pub struct Port {
     /// What its keepers are told.
     pub brief: Brief,
-    doorbell: Doorbell,
-    peer: Option<u32>,
-    tap: OwnedFd,
+    pub(super) doorbell: Doorbell,
+    pub(super) peer: Option<u32>,
+    pub(super) tap: OwnedFd,
+    pub(super) ledger_file: OwnedFd,
     ledger: Ledger,
-    ledger_file: OwnedFd,
     known: RefCell<[Known; 2]>,
-    policy: watch::Sender<Policy>,
-    /// The generation that the worker acknowledged; everything is acknowledged while there is no worker.
-    acknowledged: watch::Sender<Acknowledged>,
+    pub(super) policy: watch::Sender<Policy>,
+    pub(super) acknowledged: watch::Sender<Acknowledged>,
     connected: Cell<bool>,
     connections: Cell<u64>,
     refused: Cell<u64>,
@@ -156,113 +148,15 @@ impl Port {
         }
     }
 
-    /// One connection, from its keeper's start to its end; gives a front end that came meanwhile.
-    async fn attend(
-        &self,
-        front_end: FrontEnd,
-        mut stop: watch::Receiver<bool>,
-    ) -> io::Result<Option<FrontEnd>> {
+    async fn attend(&self, front_end: FrontEnd, stop: watch::Receiver<bool>) -> io::Result<Option<FrontEnd>> {
         self.connections.set(self.connections.get() + 1);
-        tracing::info!(
-            vm = self.brief.vm,
-            label = self.brief.label,
-            port = self.brief.port,
-            pid = front_end.pid,
-            uid = front_end.uid,
-            "a front end is connected"
-        );
-        let (ours, theirs) = handover::pair()?;
-        let inherited = Inherited {
-            front_end: front_end.connection,
-            tap: self.tap.try_clone()?,
-            ledger: self.ledger_file.try_clone()?,
-            policies: theirs,
-        };
-        let mut keeper = KeeperProcess::start(&self.brief, inherited)?;
-        self.acknowledged.send_replace(Acknowledged::Nothing);
-        let policies = PolicySocket::new(ours)?;
-        let mut policy = self.policy.subscribe();
-        let mut ready = false;
-        let mut second: Option<(FrontEnd, Instant)> = None;
-        let mut deadline = None;
-        loop {
-            let second_expires = second.as_ref().map(|(_, at)| *at);
-            tokio::select! {
-                status = keeper.ended() => {
-                    self.log_end(status?);
-                    break;
-                }
-                packet = policies.receive() => match packet {
-                    Ok(Some(packet)) => ready |= self.answer(packet, &policies, &mut policy),
-                    // The worker is gone; its keeper will follow.
-                    Ok(None) | Err(_) => {
-                        let status = keeper.ended().await?;
-                        self.log_end(status);
-                        break;
-                    }
-                },
-                changed = policy.changed(), if ready => {
-                    if changed.is_ok() {
-                        self.hand_over(&policies, &mut policy);
-                    }
-                }
-                another = self.doorbell.ring(self.peer), if second.is_none() && self.listens() => {
-                    second = Some((another, Instant::now() + SECOND_WAITS));
-                }
-                () = at(second_expires) => {
-                    self.refused.set(self.refused.get() + 1);
-                    second = None;
-                    tracing::warn!(vm = self.brief.vm, "a second front end was refused: one is connected");
-                }
-                _ = stop.wait_for(|stop| *stop), if deadline.is_none() => {
-                    keeper.terminate();
-                    deadline = Some(Instant::now() + END_DEADLINE);
-                }
-                () = at(deadline) => {
-                    tracing::warn!(vm = self.brief.vm, "the keeper did not end in time: killed");
-                    keeper.kill();
-                    deadline = None;
-                }
-            }
-        }
-        // A successor starts only after keeper and worker are gone.
-        while let Ok(Some(_)) = policies.receive().await {}
-        keeper.reap_worker();
-        self.acknowledged.send_replace(Acknowledged::NoWorker);
-        Ok(second.map(|(front_end, _)| front_end))
-    }
-
-    const fn listens(&self) -> bool {
-        matches!(self.doorbell, Doorbell::Server(_))
-    }
-
-    /// Answers a worker's packet. True once the worker has had its first policy.
-    fn answer(&self, packet: Packet, socket: &PolicySocket, policy: &mut watch::Receiver<Policy>) -> bool {
-        match packet {
-            Packet::Ready => {
-                self.hand_over(socket, policy);
-                return true;
-            }
-            Packet::Acknowledged(generation) => {
-                self.acknowledged.send_replace(Acknowledged::Generation(generation));
-            }
-            Packet::Refused(generation) => {
-                tracing::error!(vm = self.brief.vm, generation, "the worker refused its policy");
-            }
-            Packet::Policy(_) => {}
-        }
-        false
-    }
-
-    fn hand_over(&self, socket: &PolicySocket, policy: &mut watch::Receiver<Policy>) {
-        let policy = *policy.borrow_and_update();
-        if let Err(e) = socket.send(&policy) {
-            tracing::error!(vm = self.brief.vm, "cannot hand over the policy: {e}");
-        }
+        let (Brief { vm, label, port, .. }, FrontEnd { pid, uid, .. }) = (&self.brief, &front_end);
+        tracing::info!(vm, label, port, pid, uid, "a front end is connected");
+        Connection::start(self, front_end)?.serve(stop).await
     }
 
     /// A keeper that fails, or is killed, has lost its worker; the next connection has a new one.
-    fn log_end(&self, status: std::process::ExitStatus) {
+    pub(super) fn keeper_ended(&self, status: ExitStatus) {
         let Brief { vm, label, port, .. } = &self.brief;
         if status.success() {
             tracing::info!(vm, label, port, "the front end is disconnected");
@@ -270,6 +164,12 @@ impl Port {
             self.worker_restarts.set(self.worker_restarts.get() + 1);
             tracing::warn!(vm, label, port, "keeper and worker died ({status}): the VMM may reconnect");
         }
+    }
+
+    /// A front end was not let in.
+    pub(super) fn refuse(&self, why: &str) {
+        self.refused.set(self.refused.get() + 1);
+        tracing::warn!(vm = self.brief.vm, "a second front end was refused: {why}");
     }
 
     /// Puts another policy in force; waits until no frame passes under an older one. False if the worker did
@@ -309,13 +209,5 @@ impl Port {
     #[must_use]
     pub const fn refused(&self) -> u64 {
         self.refused.get()
-    }
-}
-
-/// Waits until a moment; for ever if there is none.
-async fn at(moment: Option<Instant>) {
-    match moment {
-        Some(moment) => sleep_until(moment).await,
-        None => std::future::pending().await,
     }
 }

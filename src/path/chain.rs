@@ -177,7 +177,7 @@ fn indirect_table<'m>(
     ring: &OpenRing<'_, 'm>,
 ) -> Result<(VolatileSlice<'m, ()>, usize), Malformed> {
     let bytes = usize::try_from(d.len()).unwrap_or(usize::MAX);
-    let entries = bytes / size_of::<Descriptor>();
+    let entries = bytes.checked_div(size_of::<Descriptor>()).unwrap_or_default();
     let whole = bytes.is_multiple_of(size_of::<Descriptor>());
     if d.flags() & NEXT != 0 || !whole || !(1..=DESCRIPTORS_MAX).contains(&entries) {
         return Err(Malformed::BadIndirectTable);

@@ -126,7 +126,6 @@ pub fn forward(judged: Judged<Chain>, batch: &Batch<'_, '_>, tap: &Tap) -> Resul
             match tap.write(head, tail) {
                 Ok(_) => Fate::Passed,
                 Err(Errno::AGAIN) => return Err(TapFull(())),
-                Err(Errno::INVAL | Errno::MSGSIZE) => Fate::Dropped(DropReason::TapRefused),
                 Err(Errno::IO | Errno::BADFD | Errno::NETDOWN | Errno::NODEV) => {
                     Fate::Dropped(DropReason::TapDown)
                 }

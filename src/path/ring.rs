@@ -201,6 +201,7 @@ impl<'a, 'm> OpenRing<'a, 'm> {
 
     /// Ends the batch: one store makes everything that was given back visible to the guest. True if the
     /// guest wants a signal for it.
+    #[must_use]
     pub fn publish(self, _in_the_ledger: Committed) -> bool {
         self.queue.set_next_avail(self.next);
         if self.given_back == 0 {

@@ -62,11 +62,11 @@ impl std::fmt::Debug for Ring {
 }
 
 impl Ring {
-    /// The rings that the crate made in `make`, in the order of their indices.
-    pub fn made_in<T>(make: impl FnOnce() -> T) -> (T, Vec<Self>) {
+    /// The rings that the crate made in `work`, in the order of their indices.
+    pub fn made_in<T>(work: impl FnOnce() -> T) -> (T, Vec<Self>) {
         MADE.take();
-        let made = make();
-        (made, MADE.take())
+        let done = work();
+        (done, MADE.take())
     }
 
     /// Tells the ring where its kick is registered.
