@@ -371,6 +371,17 @@ tap = "vmf-web1b"
     }
 
     #[test]
+    fn a_tap_in_a_namespace_that_is_none_is_not_compared() {
+        let origins = arguments(&["name=a,socket=/s/1,tap=t", "name=b,socket=/s/2,tap=t,netns=x/y"]);
+        assert_eq!(
+            lines(&origins),
+            [
+                "--vm number 2, column 32: netns \"x/y\" is neither a name under /run/netns nor an absolute path"
+            ]
+        );
+    }
+
+    #[test]
     fn one_mac_at_two_vms_is_no_fault() {
         let origins = arguments(&[
             "name=a,socket=/s/1,tap=t1,mac=02:00:00:00:00:01",

@@ -96,7 +96,7 @@ impl StateDir {
                 self.save(&book)?;
                 Ok(book)
             }
-            Err(source) => Err(RegistryError::Io { path: file, what: "read it", source }),
+            Err(source) => Err(RegistryError::Unreadable { path: file, source }),
         }
     }
 

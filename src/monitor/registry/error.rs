@@ -33,6 +33,14 @@ pub enum RegistryError {
         /// " (process 123)", if it is known.
         holder: String,
     },
+    /// The file with the labels cannot be read.
+    #[error("{path}: cannot be read: {source}: run as its owner, or restore it from a backup", path = path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// The file with the labels cannot be understood.
     #[error("{path}: damaged: {why}: restore it from a backup; without one move its directory away, then every VM gets a new label", path = path.display())]
     Damaged {

@@ -102,10 +102,12 @@ fn a_pinned_label_is_not_given_to_one_that_came_before_it() {
 fn a_name_that_comes_back_is_another_vm() {
     let mut host = Host::new();
     host.allocate(&[named("a")]).unwrap();
+    host.registry().set_suspect(label(1), Some(tag())).unwrap();
     host.retire(1);
     host.reopen().unwrap();
     assert_eq!(host.allocate(&[named("a")]), Ok(vec![2]));
-    assert_eq!(host.registry().entry(label(2)).unwrap().generation, 2);
+    let second = host.registry().entry(label(2)).unwrap();
+    assert_eq!((second.generation, &second.suspect), (2, &None));
     assert_eq!(
         host.allocate(&[pinned("b", 1)]).unwrap_err(),
         "label 1 of VM \"b\" belonged to the removed VM \"a\", and labels are never given twice: pin another label, or leave it out"
@@ -287,6 +289,19 @@ fn a_damaged_file_is_refused_with_the_way_out() {
     );
     fs::write(host.file(), good).unwrap();
     host.reopen().unwrap();
+}
+
+#[test]
+fn a_file_that_cannot_be_read_is_refused_with_the_way_out() {
+    let mut host = Host::new();
+    host.registry = None;
+    fs::remove_file(host.file()).unwrap();
+    // Not even root can read a directory as a file.
+    fs::create_dir(host.file()).unwrap();
+    assert_eq!(
+        host.refusal(),
+        "FILE: cannot be read: Is a directory (os error 21): run as its owner, or restore it from a backup"
+    );
 }
 
 #[test]

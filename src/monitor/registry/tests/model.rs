@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use super::*;
 
 /// Few names, UUIDs and labels, so that they meet.
-const LABELS: u32 = 8;
+const LABELS: u32 = 6;
 const NAMES: [&str; 3] = ["a", "b", "c"];
 const UUIDS: u128 = 2;
 
@@ -183,7 +183,7 @@ fn compare(host: &mut Host, model: &Model) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 3000, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 128, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn no_label_ever_has_two_owners_and_no_vm_two_labels(steps in prop::collection::vec(step(), 1..40)) {
