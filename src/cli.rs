@@ -17,7 +17,7 @@ use crate::{
     client::{self, Action, ClientError},
     config::{self, Config, DEFAULT_CONTROL, DEFAULT_FILE, Faults, Origins, Vm},
     keeper::{self, brief::Brief},
-    monitor,
+    monitor::{self, registry::RegistryError},
 };
 
 /// Longest reason for a tag, in bytes: it is shown in tables and kept for ever.
@@ -67,9 +67,13 @@ impl CliError {
 
     /// The process's exit code.
     #[must_use]
-    pub const fn exit_code(&self) -> u8 {
+    pub fn exit_code(&self) -> u8 {
+        let is_configuration = |error: &anyhow::Error| {
+            error.downcast_ref::<RegistryError>().is_some_and(RegistryError::is_configuration)
+        };
         match self {
             Self::Usage(_) | Self::Config(_) => Self::USAGE,
+            Self::Run(error) if is_configuration(error) => Self::USAGE,
             Self::Output(_) | Self::Ask(_) | Self::Run(_) => Self::OTHER,
         }
     }
