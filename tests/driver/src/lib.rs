@@ -1,1 +1,4 @@
-//! A virtio-net driver over a vhost-user socket.
+//! A virtio-net driver over a vhost-user socket, without a VM.
+
+pub mod mapping;
+pub mod memory;
