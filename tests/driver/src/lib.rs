@@ -16,11 +16,17 @@
 
 pub mod channel;
 pub mod error;
+pub mod frame;
 pub mod mapping;
 pub mod memory;
+pub mod net;
 pub mod queue;
+pub mod receive;
 pub mod request;
 pub mod ring;
+pub mod sequence;
 pub mod session;
+pub mod transmit;
+pub mod vnet;
 
 pub use error::{Error, Reason};

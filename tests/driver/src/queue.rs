@@ -7,17 +7,16 @@
 //! What the driver knows of its chains it keeps for itself and never reads back from the rings: a device,
 //! or a hostile test, may have written there. Nothing on this path allocates.
 
-use std::fmt;
-use std::io;
+mod events;
+mod fault;
+
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{Ordering, fence};
-use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, PollFlags, eventfd};
-
-use crate::channel::ready;
 use crate::memory::{Memory, MemoryError, Piece};
-use crate::ring::{DESCRIPTOR_SIZE, Descriptor, LARGEST_RING, NO_NOTIFICATION, Ring, descriptor};
+use crate::ring::{DESCRIPTOR_SIZE, Descriptor, LARGEST_RING, Ring, descriptor};
+
+pub(crate) use events::{event, take};
+pub use fault::{Fault, Refused, Silence};
 
 /// One element of a chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,94 +50,6 @@ pub struct Used {
     /// Bytes; `None` where `IN_ORDER` let the device say nothing about this chain.
     pub len: Option<u32>,
 }
-
-/// What a device did that it may not do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fault {
-    /// used.idx is further than the chains that the device was given.
-    Jump {
-        /// Where the driver was.
-        from: u16,
-        /// What the device wrote.
-        to: u16,
-    },
-    /// A head that is not in flight.
-    NotInFlight {
-        /// What the device wrote.
-        head: u32,
-    },
-    /// A received length that the chain cannot hold, or too small for a header.
-    Length {
-        /// Which chain.
-        head: u16,
-        /// What the device wrote.
-        len: u32,
-    },
-    /// A frame said to fill so many buffers, of which only some came.
-    Missing {
-        /// `num_buffers` of its header.
-        buffers: u16,
-        /// How many were there.
-        came: u16,
-    },
-}
-
-/// Why a chain was not added.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Refused {
-    /// Not enough free descriptors.
-    Full,
-    /// A chain needs at least one element.
-    Empty,
-    /// More elements than the queue, or its indirect tables, can ever hold.
-    TooLong,
-}
-
-/// Why waiting for the device ended without a used chain.
-#[derive(Debug)]
-pub enum Silence {
-    /// The device used nothing.
-    Nothing(Duration),
-    /// The device used chains and never called, although the driver had asked for it: a lost interrupt.
-    LostCall(Duration),
-    /// The call descriptor could not be read.
-    Io(io::Error),
-}
-
-impl fmt::Display for Fault {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Jump { from, to } => write!(f, "the device moved used.idx from {from} to {to}"),
-            Self::NotInFlight { head } => write!(f, "the device used head {head}, which is not in flight"),
-            Self::Length { head, len } => write!(f, "the device wrote {len} bytes to the chain at {head}"),
-            Self::Missing { buffers, came } => write!(f, "a frame of {buffers} buffers came in {came}"),
-        }
-    }
-}
-
-impl fmt::Display for Refused {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Full => "not enough free descriptors",
-            Self::Empty => "a chain without elements",
-            Self::TooLong => "a chain longer than its table",
-        })
-    }
-}
-
-impl fmt::Display for Silence {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Nothing(time) => write!(f, "the device used nothing within {time:?}"),
-            Self::LostCall(time) => write!(f, "the device used chains but sent no call within {time:?}"),
-            Self::Io(source) => write!(f, "the call descriptor: {source}"),
-        }
-    }
-}
-
-impl std::error::Error for Fault {}
-impl std::error::Error for Refused {}
-impl std::error::Error for Silence {}
 
 /// Numbers that only grow.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -352,6 +263,11 @@ impl Queue {
         Ok(head)
     }
 
+    /// Writes the descriptor of a head that is free, for `add_unchanged`.
+    pub fn prepare(&mut self, head: u16, buffer: Buffer) {
+        self.ring.set_descriptor(head, buffer.descriptor(false, 0));
+    }
+
     /// Gives the descriptors of the next `add` that takes one: the same as last time, unwritten. For
     /// benchmarks whose descriptors never change. `None` when none is free.
     #[inline]
@@ -412,44 +328,6 @@ impl Queue {
         self.ring.set_available_idx(self.next);
         self.published = self.next;
         new
-    }
-
-    /// Kicks, if the device wants to know of what was published since the last time.
-    ///
-    /// # Errors
-    /// When the eventfd cannot be written.
-    #[inline]
-    pub fn kick_if_needed(&mut self) -> io::Result<bool> {
-        let (old, new) = (self.kicked, self.published);
-        if old == new {
-            return Ok(false);
-        }
-        self.kicked = new;
-        // The device writes its wish, then looks at avail.idx; here it is the other way round. Both need the
-        // full barrier, or each can miss the other's write.
-        fence(Ordering::SeqCst);
-        let wanted = if self.options.event_idx {
-            crossed(self.ring.available_event(), old, new)
-        } else {
-            self.ring.used_flags() & NO_NOTIFICATION == 0
-        };
-        if wanted {
-            self.kick()?;
-        }
-        Ok(wanted)
-    }
-
-    /// Kicks, wanted or not.
-    ///
-    /// # Errors
-    /// When the eventfd cannot be written.
-    pub fn kick(&mut self) -> io::Result<()> {
-        self.notifications.kicks += 1;
-        match rustix::io::write(&self.kick, &1_u64.to_ne_bytes()) {
-            // A full counter is a kick that nobody has read yet, as good as another.
-            Ok(_) | Err(rustix::io::Errno::AGAIN) => Ok(()),
-            Err(source) => Err(source.into()),
-        }
     }
 }
 
@@ -541,69 +419,6 @@ impl Queue {
     }
 }
 
-/// Being called by the device.
-impl Queue {
-    /// Asks for a call once the device is done with `count` more chains than were taken back.
-    pub fn set_call_after(&mut self, count: u16) {
-        if self.options.event_idx {
-            self.ring.set_used_event(self.seen.wrapping_add(count.wrapping_sub(1)));
-        } else {
-            self.ring.set_available_flags(0);
-        }
-    }
-
-    /// Asks for no calls, as far as the device can be asked: with `EVENT_IDX` for the next half of the index
-    /// space, so a poller says it again as it goes on.
-    #[inline]
-    pub fn refuse_calls(&mut self) {
-        if self.options.event_idx {
-            self.ring.set_used_event(self.seen.wrapping_add(LARGEST_RING - 1));
-        } else {
-            self.ring.set_available_flags(NO_NOTIFICATION);
-        }
-    }
-
-    /// Waits until the device is done with a chain, by its call and by nothing else.
-    ///
-    /// # Errors
-    /// When that time passes: [`Silence`] tells whether the device did nothing or only forgot to call.
-    pub fn wait(&mut self, within: Duration) -> Result<(), Silence> {
-        let until = Instant::now() + within;
-        loop {
-            if self.has_used() {
-                return Ok(());
-            }
-            self.set_call_after(1);
-            // As for the kick: the wish must be out before the index is looked at again.
-            fence(Ordering::SeqCst);
-            if self.has_used() {
-                return Ok(());
-            }
-            if !ready(self.call.as_fd(), PollFlags::IN, until).map_err(Silence::Io)? {
-                let lost = self.has_used();
-                return Err(if lost { Silence::LostCall(within) } else { Silence::Nothing(within) });
-            }
-            self.take_calls().map_err(Silence::Io)?;
-        }
-    }
-
-    /// Reads the calls that came since the last time.
-    ///
-    /// # Errors
-    /// When the eventfd cannot be read.
-    pub fn take_calls(&mut self) -> io::Result<u64> {
-        let mut count = [0; 8];
-        match rustix::io::read(&self.call, &mut count) {
-            Ok(_) => {}
-            Err(rustix::io::Errno::AGAIN) => return Ok(0),
-            Err(source) => return Err(source.into()),
-        }
-        let count = u64::from_ne_bytes(count);
-        self.notifications.calls += count;
-        Ok(count)
-    }
-}
-
 impl Buffer {
     #[inline]
     fn descriptor(self, more: bool, next: u16) -> Descriptor {
@@ -611,17 +426,6 @@ impl Buffer {
         let (link, next) = if more { (descriptor::NEXT, next) } else { (0, 0) };
         Descriptor { addr: self.addr, len: self.len, flags: write | link, next }
     }
-}
-
-/// Whether moving from `old` to `new` passes `event` (virtio 1.2, section 2.7.7.2).
-#[inline]
-fn crossed(event: u16, old: u16, new: u16) -> bool {
-    new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
-}
-
-/// An eventfd that never blocks: neither side may hang on the other.
-fn event() -> io::Result<OwnedFd> {
-    Ok(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?)
 }
 
 fn check_size(size: u16) {

@@ -1,7 +1,11 @@
 //! The driver's half against a device's half of a few lines.
 
+use std::time::{Duration, Instant};
+
+use super::events::crossed;
 use super::*;
 use crate::memory::Layout;
+use crate::ring::NO_NOTIFICATION;
 
 const SIZE: u16 = 8;
 /// The longest that a test waits for what must not come.
