@@ -174,6 +174,11 @@ impl VringT<SharedMemory> for Ring {
     fn set_call(&self, file: Option<File>) {
         *lock(&self.own.call) = file.as_ref().and_then(|file| file.try_clone().ok()).map(Arc::new);
         self.inner.set_call(file);
+        // QEMU changes the descriptor of a running ring without waiting (from its own to the guest's, when the
+        // guest unmasks the interrupt). A signal that went to the old one would be lost: give the new one one.
+        if self.inner.get_ref().get_queue().ready() {
+            self.signal();
+        }
     }
 
     fn set_err(&self, file: Option<File>) {
