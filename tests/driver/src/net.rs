@@ -274,7 +274,19 @@ impl Device {
         self.pass_calls_on().map_err(Error::Event)
     }
 
-    /// Calls that came to QEMU's own notifier, before the backend had the driver's, are not lost.
+    /// Waits until the backend is through with all that it was told, by one more question, and passes on the
+    /// calls that went to QEMU's own notifier until the backend had the driver's. A start does not wait for
+    /// that, as QEMU doesn't: right after one, a call can still go where nobody looks, and
+    /// [`Queue::wait`] then rightly reports it as lost.
+    ///
+    /// # Errors
+    /// No answer, or an eventfd that cannot be read or written.
+    pub fn settle(&self) -> Result<(), Error> {
+        self.session.features()?;
+        self.pass_calls_on().map_err(Error::Event)
+    }
+
+    /// As QEMU does when it unmasks an interrupt.
     fn pass_calls_on(&self) -> io::Result<()> {
         if take(self.notifiers.masked.as_fd())? > 0 {
             for pair in &self.pairs {
