@@ -59,6 +59,9 @@ pub enum CliError {
     /// The monitor, or a keeper, cannot run.
     #[error("{0:#}")]
     Run(#[from] anyhow::Error),
+    /// A keeper failed, and its log says why.
+    #[error("see the log")]
+    Said,
 }
 
 impl CliError {
@@ -74,7 +77,7 @@ impl CliError {
         match self {
             Self::Usage(_) | Self::Config(_) => Self::USAGE,
             Self::Run(error) if is_configuration(error) => Self::USAGE,
-            Self::Output(_) | Self::Ask(_) | Self::Run(_) => Self::OTHER,
+            Self::Output(_) | Self::Ask(_) | Self::Run(_) | Self::Said => Self::OTHER,
         }
     }
 
@@ -82,6 +85,7 @@ impl CliError {
     #[must_use]
     pub fn lines(&self) -> Vec<String> {
         match self {
+            Self::Said => Vec::new(),
             Self::Config(faults) => faults.iter().map(|fault| format!("vmflow: {fault}")).collect(),
             _ => vec![format!("vmflow: {self}")],
         }
@@ -258,7 +262,7 @@ pub fn run(command: Command) -> Result<(), CliError> {
         Command::Check(origins) => check(&Config::load(&origins)?, &mut io::stdout().lock()),
         Command::Serve(origins) => Ok(monitor::run(&Config::load(&origins)?)?),
         Command::Ask { control, action } => ask(&control, &action),
-        Command::Keeper(brief) => Ok(keeper::run(*brief)?),
+        Command::Keeper(brief) => keeper::run(*brief).then_some(()).ok_or(CliError::Said),
     }
 }
 

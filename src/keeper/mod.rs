@@ -20,6 +20,7 @@ pub mod process;
 pub mod worker;
 
 use std::{
+    fmt,
     os::fd::{AsFd, AsRawFd, OwnedFd},
     time::{Duration, Instant},
 };
@@ -59,11 +60,24 @@ impl Token {
     }
 }
 
-/// Serves the inherited connection until it ends.
-///
-/// # Errors
-/// When nothing could be served at all: descriptors missing, rights that cannot be given up, no worker.
-pub fn run(brief: Brief) -> anyhow::Result<()> {
+/// Serves the inherited connection until it ends, and says in the log what there is to say. False if its
+/// worker died, or nothing could be served at all: descriptors missing, rights that cannot be given up.
+#[must_use]
+pub fn run(brief: Brief) -> bool {
+    let port =
+        tracing::error_span!("keeper", vm = brief.vm, label = brief.label, port = brief.port).entered();
+    let end = begin(brief).and_then(|(keeper, termination)| keeper.serve(&termination));
+    match &end {
+        Ok(End::Fault(why)) => tracing::warn!("the connection is closed: {why:#}"),
+        Ok(why) => tracing::info!("the connection ends: {why}"),
+        Err(why) => tracing::warn!("the connection is closed: {why:#}"),
+    }
+    drop(port);
+    // What the front end did wrong is no failure of ours.
+    end.is_ok()
+}
+
+fn begin(brief: Brief) -> anyhow::Result<(Keeper, OwnedFd)> {
     let inherited = Inherited::take().context("a keeper is started by vmflow itself, never by hand")?;
     let _ = rustix::thread::set_name(&std::ffi::CString::new(brief.process_name('k'))?);
     let descriptors = Descriptors::open().context("/proc/self/fd")?;
@@ -72,7 +86,28 @@ pub fn run(brief: Brief) -> anyhow::Result<()> {
     files::set_nonblocking(&inherited.policies).context("policy socket")?;
     let worker = Worker::start(&brief, &inherited)?;
     let gate = Gate::new(brief, descriptors);
-    Keeper { front_end: inherited.front_end, gate, worker, inbox: Inbox::default() }.serve(&termination)
+    Ok((Keeper { front_end: inherited.front_end, gate, worker, inbox: Inbox::default() }, termination))
+}
+
+/// How a connection can end while all is well with us.
+#[derive(Debug)]
+enum End {
+    /// The front end closed it.
+    HungUp,
+    /// The monitor wants it to end.
+    Asked,
+    /// The front end did what it must not, or does not take its answers.
+    Fault(anyhow::Error),
+}
+
+impl fmt::Display for End {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::HungUp => f.write_str("the front end hung up"),
+            Self::Asked => f.write_str("vmflow ends it"),
+            Self::Fault(why) => why.fmt(f),
+        }
+    }
 }
 
 struct Keeper {
@@ -83,29 +118,24 @@ struct Keeper {
 }
 
 impl Keeper {
-    fn serve(mut self, termination: &OwnedFd) -> anyhow::Result<()> {
+    fn serve(mut self, termination: &OwnedFd) -> anyhow::Result<End> {
         let timeout = Some(ANSWER_DEADLINE);
         rustix::net::sockopt::set_socket_timeout(
             &self.front_end,
             rustix::net::sockopt::Timeout::Send,
             timeout,
         )?;
-        let end = self.attend(termination);
-        match &end {
-            Ok(why) => tracing::info!("the connection ends: {why}"),
-            Err(why) => tracing::warn!("the connection is closed: {why:#}"),
-        }
+        let end = match self.attend(termination) {
+            Err(why) if !why.is::<WorkerError>() => Ok(End::Fault(why)),
+            other => other,
+        };
         self.stop_rings();
         self.worker.finish();
-        // What the front end did wrong is no failure of ours; a dead worker is, and is counted.
-        match end {
-            Err(why) if why.is::<WorkerError>() => Err(why),
-            _ => Ok(()),
-        }
+        end
     }
 
     /// Handles events until the connection is to end; says why.
-    fn attend(&mut self, termination: &OwnedFd) -> anyhow::Result<&'static str> {
+    fn attend(&mut self, termination: &OwnedFd) -> anyhow::Result<End> {
         let epoll = epoll::create(true)?;
         let sources = [
             (self.front_end.as_raw_fd(), Token::FrontEnd),
@@ -128,12 +158,12 @@ impl Keeper {
             match Token::decode(data) {
                 Some(Token::FrontEnd) => match self.receive() {
                     Err(e) if matches!(e.downcast_ref(), Some(message::MessageError::Closed)) => {
-                        return Ok("the front end hung up");
+                        return Ok(End::HungUp);
                     }
                     other => other?,
                 },
                 Some(Token::WorkerEnded) => return Err(WorkerError::Ended.into()),
-                Some(Token::Termination) => return Ok("vmflow ends it"),
+                Some(Token::Termination) => return Ok(End::Asked),
                 None => {}
             }
         }

@@ -88,6 +88,8 @@ pub struct Turn {
     pub signal: bool,
     /// There is more to do: another turn, after other events had theirs.
     pub more: bool,
+    /// The tap takes no more now: another turn when it says that there is room.
+    pub tap_full: bool,
     /// The guest broke its queue: it stops until the guest resets it.
     pub fault: Option<QueueFault>,
 }

@@ -65,7 +65,7 @@ impl Receive {
         };
         let signal = before != *self.account.totals() && ring.publish(self.account.commit());
         match more {
-            Ok(more) => Turn { signal, more, fault: None },
+            Ok(more) => Turn { signal, more, ..Turn::default() },
             Err(fault) => self.fault(Turn { signal, ..Turn::default() }, fault),
         }
     }

@@ -196,7 +196,7 @@ fn a_scattered_frame_reaches_the_tap_byte_for_byte_and_is_counted_once() {
     rig.descriptor(TABLE, 5, (BUFFERS + 0x1000, 407, 0, 0));
     rig.make_available(3);
     let turn = rig.transmit();
-    assert_eq!(turn, Turn { signal: true, more: false, fault: None });
+    assert_eq!(turn, Turn { signal: true, ..Turn::default() });
     assert_eq!(rig.at_far_end().unwrap(), bytes);
     let sent = rig.sent();
     assert_eq!((sent.chains, sent.passed.frames, sent.passed.bytes, sent.normal.frames), (1, 1, 600, 1));
@@ -314,6 +314,7 @@ fn a_tap_that_is_full_in_the_middle_of_a_batch_loses_nothing_and_counts_nothing_
     while rig.used_index() < 40 {
         let turn = rig.transmit();
         assert_eq!((turn.fault, turn.more), (None, false), "a full tap tells when there is room");
+        assert_eq!(turn.tap_full, rig.used_index() < 40);
         assert_eq!(rig.sent().chains, u64::from(rig.used_index()), "what was not given back was not counted");
         arrived.extend(std::iter::from_fn(|| rig.at_far_end()).map(|f| f.len() - 12));
         turns += 1;

@@ -69,7 +69,7 @@ impl Transmit {
         };
         let signal = taken > 0 && ring.publish(self.account.commit());
         match more {
-            Ok(more) => Turn { signal, more, fault: None },
+            Ok(more) => Turn { signal, more, tap_full, fault: None },
             Err(fault) => self.fault(Turn { signal, ..Turn::default() }, fault),
         }
     }

@@ -93,6 +93,8 @@ struct Pair {
     policy: Option<Policy>,
     transmit: Transmit,
     receive: Receive,
+    /// Frames wait for room in the tap.
+    tap_full: bool,
     /// When the guest last caused a line in the log.
     said: Option<Instant>,
 }
@@ -143,6 +145,7 @@ impl Device {
                 policy: None,
                 transmit: Transmit::new(account(Part::transmit(0))),
                 receive: Receive::new(account(Part::receive(0))),
+                tap_full: false,
                 said: None,
             }),
         })
@@ -184,7 +187,11 @@ impl Device {
             if let Some(fault) = turn.fault {
                 vring.mark_broken();
                 if self.pair().may_say() {
-                    tracing::warn!(ring, "the guest broke its queue: {fault}: it rests until it is reset");
+                    tracing::warn!(
+                        vm = self.brief.vm,
+                        ring,
+                        "the guest broke its queue: {fault}: it rests until it is reset"
+                    );
                 }
             }
             if !turn.more {
@@ -196,7 +203,7 @@ impl Device {
 
     fn turn(&self, vring: &Ring, ring: usize) -> Turn {
         let mut pair = self.pair();
-        let Pair { policy, transmit, receive, .. } = &mut *pair;
+        let Pair { policy, transmit, receive, tap_full, .. } = &mut *pair;
         let memory = self.memory.memory();
         let mut state = vring.get_mut();
         let (Some(policy), true) =
@@ -211,7 +218,9 @@ impl Device {
             let mergeable = self.acked.load(Ordering::Relaxed) & features::MRG_RXBUF != 0;
             receive.turn(queue, &memory, &port, mergeable)
         } else {
-            transmit.turn(queue, &memory, &port)
+            let turn = transmit.turn(queue, &memory, &port);
+            *tap_full = turn.tap_full;
+            turn
         }
     }
 
@@ -313,7 +322,8 @@ impl VhostUserBackend for Device {
                 if set.contains(EventSet::IN) {
                     self.run(RECEIVE);
                 }
-                if set.contains(EventSet::OUT) {
+                // The tap says that it has room each time that it says anything.
+                if set.contains(EventSet::OUT) && self.pair().tap_full {
                     self.run(TRANSMIT);
                 }
             }
