@@ -74,3 +74,21 @@ fn every_drop_reason_is_in_the_readme_with_its_sentence() {
         assert!(readme.contains(&row), "README.md lacks: {row}");
     }
 }
+
+#[test]
+fn the_readmes_configuration_is_valid_also_with_its_optional_lines() {
+    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    let block = readme.split("```toml\n").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
+    // Users and groups of libvirt need not exist on the machine that runs the tests, and a client has no owner.
+    let optional = |line: &str| line.starts_with("# ") && !line.contains("libvirt");
+    let with_all: Vec<_> =
+        block.lines().map(|line| if optional(line) { &line[2..] } else { line }).collect();
+    for text in [block.to_string(), with_all.join("\n")] {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("vmflow.toml");
+        fs::write(&file, &text).unwrap();
+        let vmflow = env!("CARGO_BIN_EXE_vmflow");
+        let output = std::process::Command::new(vmflow).args(["check", "--config"]).arg(&file).output().unwrap();
+        assert!(output.status.success(), "{}\n{text}", String::from_utf8_lossy(&output.stderr));
+    }
+}
