@@ -27,6 +27,9 @@ use vmflow::{
 /// How long a state may take to come: long, since the machine may be busy.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
+/// How often a state is looked at.
+const LOOK_AGAIN: Duration = Duration::from_millis(2);
+
 /// The program under test.
 pub const VMFLOW: &str = env!("CARGO_BIN_EXE_vmflow");
 
@@ -48,8 +51,7 @@ pub fn wait_for<T>(what: &str, mut state: impl FnMut() -> Option<T>) -> T {
             return value;
         }
         assert!(Instant::now() < deadline, "waited {PATIENCE:?} in vain for {what}");
-        std::thread::yield_now();
-        rustix::thread::nanosleep(&rustix::time::Timespec { tv_sec: 0, tv_nsec: 2_000_000 });
+        std::thread::park_timeout(LOOK_AGAIN);
     }
 }
 
@@ -57,7 +59,12 @@ pub fn wait_for<T>(what: &str, mut state: impl FnMut() -> Option<T>) -> T {
 pub fn run(program: &str, arguments: &[&str]) -> String {
     let output = Command::new(program).args(arguments).output().unwrap_or_else(|e| panic!("{program}: {e}"));
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    assert!(output.status.success(), "{program} {arguments:?}: {}{}", text(&output.stdout), text(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{program} {arguments:?}: {}{}",
+        text(&output.stdout),
+        text(&output.stderr)
+    );
     text(&output.stdout)
 }
 
@@ -149,8 +156,8 @@ impl Log {
     pub fn wait(&self, words: &str) -> bool {
         let has = |lines: &mut Vec<String>| !lines.iter().any(|line| line.contains(words));
         let lines = self.lines.lock().unwrap();
-        let (_, timeout) = self.more.wait_timeout_while(lines, PATIENCE, has).unwrap();
-        !timeout.timed_out()
+        let waited = self.more.wait_timeout_while(lines, PATIENCE, has).unwrap();
+        !waited.1.timed_out()
     }
 }
 
@@ -167,7 +174,8 @@ impl Setup {
         let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
         fs::set_permissions(directory.path(), open).unwrap();
         let at = directory.path().display();
-        let text = format!("[daemon]\ncontrol = \"{at}/control.sock\"\nstate = \"{at}/state\"\nnode = \"test\"\n");
+        let text =
+            format!("[daemon]\ncontrol = \"{at}/control.sock\"\nstate = \"{at}/state\"\nnode = \"test\"\n");
         Self { directory, text }
     }
 
@@ -286,7 +294,8 @@ impl Vmflow {
         let mut found = Vec::new();
         let mut parents = vec![self.pid()];
         while let Some(parent) = parents.pop() {
-            let children = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).unwrap_or_default();
+            let children =
+                fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).unwrap_or_default();
             for child in children.split_whitespace().filter_map(|pid| pid.parse::<u32>().ok()) {
                 parents.push(child);
                 let name = fs::read_to_string(format!("/proc/{child}/comm")).unwrap_or_default();

@@ -1,0 +1,17 @@
+//! The whole program under test: `vmflow serve` as an operator starts it, a virtio-net driver at its socket, a
+//! raw socket at the other side of its tap.
+//!
+//! ```text
+//!   Device (driver in Rust) --- vhost-user --- vmflow --- tap in a network namespace --- Wire (packet socket)
+//!     own counts                               own counts   the kernel's counts            own counts
+//! ```
+//! Each test ends with [`rig::Rig::check`]: the ledger balances, and all four agree.
+
+#![expect(unreachable_pub, reason = "a test program exports nothing; `pub` says what a module is for")]
+
+#[path = "../harness/mod.rs"]
+mod harness;
+mod rig;
+mod wire;
+
+mod content;
