@@ -12,6 +12,10 @@
 #[path = "../harness/mod.rs"]
 mod harness;
 mod rig;
+mod traffic;
 mod wire;
 
 mod content;
+mod protocol;
+mod offload;
+mod queue;

@@ -83,6 +83,16 @@ impl Wire {
         self.send_with(&VnetHeader::default(), frame);
     }
 
+    /// Sends a frame towards the guest, if the tap takes one now: it does not without a carrier.
+    pub fn try_send(&self, frame: &[u8]) -> bool {
+        let bytes = [&VnetHeader::default().bytes()[..LEGACY_HEADER_SIZE], frame].concat();
+        match rustix::io::write(&self.socket, &bytes) {
+            Ok(_) => true,
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::NOBUFS) => false,
+            Err(e) => panic!("a frame to the guest: {e}"),
+        }
+    }
+
     /// Sends a frame with offloads towards the guest.
     pub fn send_with(&self, header: &VnetHeader, frame: &[u8]) {
         let bytes = [&header.bytes()[..LEGACY_HEADER_SIZE], frame].concat();

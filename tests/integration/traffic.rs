@@ -1,0 +1,127 @@
+//! Numbered frames both ways without a pause, while something happens to the connection.
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
+
+use vmflow_driver::{net::Device, transmit::Layout, vnet::VnetHeader};
+
+use crate::{
+    harness::PATIENCE,
+    rig::{Rig, frame, number},
+};
+
+/// Frames under way each way: enough for several batches, fewer than the tap's queue holds.
+const WINDOW: u64 = 128;
+/// Length of the frames.
+const LENGTH: usize = 100;
+/// How long nothing may come before nothing more is on its way.
+const QUIET: Duration = Duration::from_millis(200);
+
+/// What was sent, and how often each frame came.
+#[derive(Debug, Default)]
+pub struct Traffic {
+    /// The guest's frames, by number: sent are 0 to this.
+    pub sent: u64,
+    /// How often each came at the tap.
+    pub arrived: BTreeMap<u64, u64>,
+    /// The host's frames: those that the kernel took are 0 to this.
+    pub injected: u64,
+    /// How often each came to the guest.
+    pub delivered: BTreeMap<u64, u64>,
+    /// Of the host's frames, those that nobody waits for any more.
+    given_up: u64,
+}
+
+impl Traffic {
+    /// One step: takes what came, sends as many as there is room for. True if anything came.
+    pub fn step(&mut self, rig: &Rig, vm: usize, device: &mut Device) -> bool {
+        let came = self.take(rig, vm, device);
+        let transmit = &mut device.first().transmit;
+        let taken = |queue: &vmflow_driver::queue::Queue| u64::from(queue.ring().size() - queue.free());
+        while transmit.queue.free() > 0 && taken(&transmit.queue) < WINDOW {
+            transmit.add(&frame(LENGTH, self.sent), &VnetHeader::default(), Layout::Single).unwrap();
+            self.sent += 1;
+        }
+        transmit.flush().unwrap();
+        while self.injected - self.given_up - count(&self.delivered) < WINDOW {
+            if !rig.wires[vm].try_send(&frame(LENGTH, self.injected)) {
+                break;
+            }
+            self.injected += 1;
+        }
+        came
+    }
+
+    /// Takes what came at both ends.
+    fn take(&mut self, rig: &Rig, vm: usize, device: &mut Device) -> bool {
+        let mut came = device.first().transmit.reclaim().unwrap() > 0;
+        while let Some(frame) = rig.wires[vm].try_receive() {
+            *self.arrived.entry(number(&frame.bytes)).or_default() += 1;
+            came = true;
+        }
+        let receive = &mut device.first().receive;
+        while let Some(frame) = receive.receive().unwrap() {
+            assert_eq!(frame.strays, 0);
+            *self.delivered.entry(number(&frame.bytes)).or_default() += 1;
+            came = true;
+        }
+        receive.refill().unwrap();
+        came
+    }
+
+    /// Goes on until `frames` more have come each way: it flows.
+    pub fn flow(&mut self, rig: &Rig, vm: usize, device: &mut Device, frames: u64) {
+        let (arrived, delivered) = (count(&self.arrived), count(&self.delivered));
+        let mut last = Instant::now();
+        while count(&self.arrived) < arrived + frames || count(&self.delivered) < delivered + frames {
+            if self.step(rig, vm, device) {
+                last = Instant::now();
+            } else {
+                // What was on its way to the guest when its carrier went is the kernel's to throw away.
+                if last.elapsed() > QUIET {
+                    self.given_up = self.injected - count(&self.delivered);
+                }
+                std::thread::yield_now();
+            }
+            assert!(last.elapsed() < PATIENCE, "nothing flows any more: {}", self.summary());
+        }
+    }
+
+    /// Sends nothing more, and takes everything that is still on its way.
+    pub fn end(&mut self, rig: &Rig, vm: usize, device: &mut Device) {
+        let mut last = Instant::now();
+        while device.first().transmit.queue.in_flight() > 0 || last.elapsed() < QUIET {
+            if self.take(rig, vm, device) {
+                last = Instant::now();
+            }
+            assert!(last.elapsed() < PATIENCE, "chains are never given back: {}", self.summary());
+            std::thread::yield_now();
+        }
+    }
+
+    /// Frames of the guest that never came, and those that came more than once.
+    pub fn lost_and_doubled(&self) -> (u64, u64) {
+        (self.sent - count(&self.arrived), doubled(&self.arrived))
+    }
+
+    /// Frames that came to the guest more than once.
+    pub fn doubled_to_guest(&self) -> u64 {
+        doubled(&self.delivered)
+    }
+
+    fn summary(&self) -> String {
+        let (arrived, delivered) = (count(&self.arrived), count(&self.delivered));
+        format!("{} sent, {arrived} arrived, {} injected, {delivered} delivered", self.sent, self.injected)
+    }
+}
+
+/// Different frames.
+fn count(frames: &BTreeMap<u64, u64>) -> u64 {
+    u64::try_from(frames.len()).unwrap()
+}
+
+fn doubled(frames: &BTreeMap<u64, u64>) -> u64 {
+    frames.values().map(|times| times - 1).sum()
+}
