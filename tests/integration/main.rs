@@ -16,6 +16,8 @@ mod traffic;
 mod wire;
 
 mod content;
+mod policy;
 mod protocol;
 mod offload;
 mod queue;
+mod session;

@@ -4,14 +4,13 @@ use std::{
     fs::File,
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
-        unix::net::UnixStream,
     },
     time::Duration,
 };
 
 use vmflow_driver::{
     Error, Reason,
-    channel::{Channel, Deadline, Header},
+    channel::{Deadline, Header},
     memory::{Layout as MemoryLayout, Memory},
     net::{Config, Device, PROTOCOL},
     request::{Request, flag, protocol},
@@ -23,7 +22,7 @@ use vmflow_driver::{
 
 use crate::{
     harness::{PATIENCE, count},
-    rig::{NAMES, Rig, frame, number, passes, receive_one},
+    rig::{NAMES, Rig, frame, hang_up, number, passes, receive_one},
 };
 
 /// How soon a refused front end is told so.
@@ -37,12 +36,6 @@ const SEQUENCES: [(Sequence, u64); 4] = [
     (Sequence::Qemu7, PROTOCOL | protocol::CONFIGURE_MEM_SLOTS),
     (Sequence::CloudHypervisor, PROTOCOL | protocol::CONFIG),
 ];
-
-/// Closes the device's connection as a killed front end does; what is told to it now is heard by nobody.
-fn hang_up(device: &mut Device) {
-    let (ours, _) = UnixStream::pair().unwrap();
-    device.session = Session::new(Channel::from(ours));
-}
 
 #[test]
 fn every_front_ends_order_of_messages_works_and_chains_outlive_a_reconnect() {

@@ -1,11 +1,13 @@
 //! A running vmflow with VMs, and for each the tap's other side; and the comparison at a test's end.
 
-use std::path::PathBuf;
+use std::{os::unix::net::UnixStream, path::PathBuf};
 
 use vmflow::ledger::Totals;
 use vmflow_driver::{
+    channel::Channel,
     frame::{Ends, pattern},
     net::{Config, Device},
+    session::Session,
     transmit::{Layout, Traffic},
     vnet::VnetHeader,
 };
@@ -61,6 +63,16 @@ impl Rig {
         for ((name, tap), more) in NAMES.iter().zip(&taps).zip(ports) {
             setup = setup.vm(name, tap, &netns, more);
         }
+        let vmflow = setup.start();
+        let wires = taps.iter().map(|tap| Wire::open(&netns, tap)).collect();
+        Self { vmflow, wires, taps, setup, netns }
+    }
+
+    /// Ends vmflow and starts it again with the same configuration and state.
+    pub fn restart(self) -> Self {
+        let Self { vmflow, wires, taps, setup, netns } = self;
+        drop(wires);
+        vmflow.stop();
         let vmflow = setup.start();
         let wires = taps.iter().map(|tap| Wire::open(&netns, tap)).collect();
         Self { vmflow, wires, taps, setup, netns }
@@ -152,4 +164,10 @@ pub fn passes(rig: &Rig, vm: usize, device: &mut Device) {
     let bytes = frame(200, 2);
     rig.wires[vm].send(&bytes);
     assert_eq!(receive_one(device), bytes);
+}
+
+/// Closes the device's connection as a killed front end does; what is told to it now is heard by nobody.
+pub fn hang_up(device: &mut Device) {
+    let (ours, _) = UnixStream::pair().unwrap();
+    device.session = Session::new(Channel::from(ours));
 }

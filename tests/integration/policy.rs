@@ -1,0 +1,133 @@
+//! A VM that the operator calls suspect, while its frames flow.
+
+use vmflow::ledger::{DropReason, Totals};
+use vmflow_driver::net::Config;
+
+use crate::{
+    harness::{count, dropped, wait_for},
+    rig::{NAMES, Rig, passes, receive_one, send_one, frame},
+    traffic::Traffic,
+};
+
+/// Frames each way between two changes.
+const SOME: u64 = 200;
+
+/// Every frame under one label, none under both.
+fn labelled(totals: &Totals) {
+    assert_eq!(totals.normal.frames + totals.suspect.frames, totals.chains - totals.in_flight, "{totals:?}");
+}
+
+#[test]
+fn a_vm_that_is_tagged_and_cleared_under_traffic_loses_and_doubles_no_frame() {
+    let rig = Rig::two();
+    let mut device = rig.connect(0, Config::default());
+    let mut other = rig.connect(1, Config::default());
+    let mut traffic = Traffic::default();
+    for _ in 0..count(5, 200) {
+        for command in [&["suspect", "web1", "--reason", "a test"][..], &["clear", "web1"]] {
+            traffic.flow(&rig, 0, &mut device, SOME);
+            let before = rig.vmflow.totals(NAMES[0]);
+            rig.vmflow.ok(command);
+            traffic.flow(&rig, 0, &mut device, SOME);
+            let after = rig.vmflow.totals(NAMES[0]);
+            for (before, after) in [(before.0, after.0), (before.1, after.1)] {
+                labelled(&after);
+                let (normal, suspect) =
+                    (after.normal.frames - before.normal.frames, after.suspect.frames - before.suspect.frames);
+                let grown = if command[0] == "suspect" { suspect } else { normal };
+                assert!(grown >= SOME / 2, "{normal} normal and {suspect} suspect frames after {command:?}");
+            }
+        }
+    }
+    traffic.end(&rig, 0, &mut device);
+    assert_eq!((traffic.lost_and_doubled(), traffic.doubled_to_guest()), ((0, 0), 0));
+    let (transmit, receive) = rig.check(0, &device, 0);
+    labelled(&transmit);
+    labelled(&receive);
+    assert_eq!(transmit.dropped_packets + receive.dropped_packets, 0);
+    passes(&rig, 1, &mut other);
+    let (transmit, receive) = rig.check(1, &other, 0);
+    assert_eq!((transmit.suspect.frames, receive.suspect.frames), (0, 0));
+}
+
+#[test]
+fn after_the_command_returns_every_frame_carries_the_new_label() {
+    let rig = Rig::one("");
+    let mut device = rig.connect(0, Config::default());
+    for round in 1..=count(10, 200) {
+        rig.vmflow.ok(&["suspect", "web1", "--reason", "a test"]);
+        passes(&rig, 0, &mut device);
+        rig.vmflow.ok(&["clear", "web1"]);
+        passes(&rig, 0, &mut device);
+        let (transmit, receive) = rig.check(0, &device, 0);
+        for totals in [transmit, receive] {
+            assert_eq!((totals.normal.frames, totals.suspect.frames), (round, round));
+        }
+    }
+}
+
+/// With action drop a tagged VM's frames go nowhere, another VM's do, and all is counted.
+fn drops(rig: &Rig) {
+    let mut device = rig.connect(0, Config::default());
+    let mut other = rig.connect(1, Config::default());
+    passes(rig, 0, &mut device);
+    rig.vmflow.ok(&["suspect", "web1", "--reason", "a test"]);
+    for number in 0..SOME {
+        send_one(&mut device, &frame(100, number));
+        rig.wires[0].send(&frame(100, number));
+    }
+    passes(rig, 1, &mut other);
+    wait_for("the host's frames to be read", || {
+        (rig.vmflow.totals(NAMES[0]).1.suspect.frames == SOME).then_some(())
+    });
+    rig.vmflow.ok(&["clear", "web1"]);
+    // The first frame that comes is the first one after the tag: none of those before gets through late.
+    passes(rig, 0, &mut device);
+    rig.wires[0].send(&frame(300, 7));
+    assert_eq!(receive_one(&mut device), frame(300, 7));
+    let (transmit, receive) = rig.check(0, &device, 0);
+    for totals in [&transmit, &receive] {
+        labelled(totals);
+        let of_tag = dropped(totals, DropReason::SuspectPolicy);
+        assert_eq!(of_tag, totals.suspect.frames, "{totals:?}");
+    }
+    assert_eq!(transmit.suspect.frames, SOME);
+    assert_eq!(receive.suspect.frames, SOME);
+    rig.check(1, &other, 0);
+}
+
+#[test]
+fn the_hosts_action_drop_stops_a_tagged_vm_both_ways() {
+    drops(&Rig::with("[suspect]\naction = \"drop\"", &["", ""]));
+}
+
+#[test]
+fn a_vms_own_action_drop_stops_it_both_ways() {
+    let own = "[vm.suspect]\naction = \"drop\"";
+    drops(&Rig::with("", &[own, ""]));
+}
+
+#[test]
+fn a_vms_own_action_count_wins_over_the_hosts_drop() {
+    let rig = Rig::with("[suspect]\naction = \"drop\"", &["[vm.suspect]\naction = \"count\""]);
+    let mut device = rig.connect(0, Config::default());
+    rig.vmflow.ok(&["suspect", "web1", "--reason", "a test"]);
+    passes(&rig, 0, &mut device);
+    let (transmit, receive) = rig.check(0, &device, 0);
+    assert_eq!((transmit.suspect.frames, receive.suspect.frames), (1, 1));
+}
+
+#[test]
+fn a_tag_is_kept_over_a_restart() {
+    let rig = Rig::one("");
+    rig.vmflow.ok(&["suspect", "web1", "--reason", "seen scanning"]);
+    let before = rig.vmflow.stats().vms.remove(0);
+    assert!(before.suspect);
+    let rig = rig.restart();
+    let after = rig.vmflow.stats().vms.remove(0);
+    assert_eq!((after.suspect, after.label, &after.tag), (true, before.label, &before.tag));
+    let mut device = rig.connect(0, Config::default());
+    passes(&rig, 0, &mut device);
+    let (transmit, _) = rig.check(0, &device, 0);
+    assert_eq!((transmit.normal.frames, transmit.suspect.frames), (0, 1));
+}
