@@ -12,12 +12,15 @@
 #[path = "../harness/mod.rs"]
 mod harness;
 mod rig;
+mod rights;
 mod traffic;
 mod wire;
 
 mod content;
+mod ending;
+mod offload;
 mod policy;
 mod protocol;
-mod offload;
 mod queue;
 mod session;
+mod start;

@@ -41,7 +41,8 @@ const ROOM: u32 = 20_000;
 fn unfinished(payload: usize) -> Vec<u8> {
     let ends = Ends::default();
     let bytes: Vec<u8> = (0..=u8::MAX).cycle().take(payload).collect();
-    let mut frame = ends.tcp(Segment { sequence: 1000, flags: 0x10, window: 500, ..Segment::default() }, &bytes);
+    let mut frame =
+        ends.tcp(Segment { sequence: 1000, flags: 0x10, window: 500, ..Segment::default() }, &bytes);
     let length = u16::try_from(frame.len() - at::L4).unwrap();
     let pseudo = [&frame[26..34], &[0, 6], &length.to_be_bytes()].concat();
     let sum = vmflow_driver::frame::sum(&pseudo).to_be_bytes();

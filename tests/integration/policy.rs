@@ -5,7 +5,7 @@ use vmflow_driver::net::Config;
 
 use crate::{
     harness::{count, dropped, wait_for},
-    rig::{NAMES, Rig, passes, receive_one, send_one, frame},
+    rig::{NAMES, Rig, frame, passes, receive_one, send_one},
     traffic::Traffic,
 };
 
@@ -32,8 +32,10 @@ fn a_vm_that_is_tagged_and_cleared_under_traffic_loses_and_doubles_no_frame() {
             let after = rig.vmflow.totals(NAMES[0]);
             for (before, after) in [(before.0, after.0), (before.1, after.1)] {
                 labelled(&after);
-                let (normal, suspect) =
-                    (after.normal.frames - before.normal.frames, after.suspect.frames - before.suspect.frames);
+                let (normal, suspect) = (
+                    after.normal.frames - before.normal.frames,
+                    after.suspect.frames - before.suspect.frames,
+                );
                 let grown = if command[0] == "suspect" { suspect } else { normal };
                 assert!(grown >= SOME / 2, "{normal} normal and {suspect} suspect frames after {command:?}");
             }

@@ -2,9 +2,7 @@
 
 use std::{
     fs::File,
-    os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
-    },
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     time::Duration,
 };
 

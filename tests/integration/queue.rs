@@ -89,8 +89,11 @@ fn a_guest_that_refills_late_gets_what_waited_and_the_rest_is_the_kernels() {
 #[test]
 fn a_frame_for_which_the_guests_buffers_are_too_small_is_a_counted_drop() {
     let rig = Rig::one("");
-    let config =
-        Config { features: FEATURES & !feature::MRG_RXBUF, posting: Posting::single(300), ..Config::default() };
+    let config = Config {
+        features: FEATURES & !feature::MRG_RXBUF,
+        posting: Posting::single(300),
+        ..Config::default()
+    };
     let mut device = rig.connect(0, config);
     for length in [289, 1514] {
         rig.wire().send(&frame(length, 0));

@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use vmflow_driver::{net::Device, transmit::Layout, vnet::VnetHeader};
+use vmflow_driver::{channel::Channel, net::Device, transmit::Layout, vnet::VnetHeader};
 
 use crate::{
     harness::PATIENCE,
@@ -37,6 +37,36 @@ pub struct Traffic {
 impl Traffic {
     /// One step: takes what came, sends as many as there is room for. True if anything came.
     pub fn step(&mut self, rig: &Rig, vm: usize, device: &mut Device) -> bool {
+        let came = self.step_of_guest(rig, vm, device);
+        while self.injected - self.given_up - count(&self.delivered) < WINDOW {
+            if !rig.wires[vm].try_send(&frame(LENGTH, self.injected)) {
+                break;
+            }
+            self.injected += 1;
+        }
+        came
+    }
+
+    /// Lets frames flow while `act` runs on a thread of its own, and until the backend has hung up.
+    pub fn flow_until_closed(
+        &mut self,
+        rig: &Rig,
+        vm: usize,
+        device: &mut Device,
+        act: impl FnOnce() + Send,
+    ) {
+        let until = Instant::now() + PATIENCE;
+        std::thread::scope(|scope| {
+            scope.spawn(act);
+            while !closed(device.session.channel()) {
+                self.step_of_guest(rig, vm, device);
+                assert!(Instant::now() < until, "the backend never hung up: {}", self.summary());
+            }
+        });
+    }
+
+    /// As `step`, without new frames of the host: its tap may be gone at any moment.
+    pub fn step_of_guest(&mut self, rig: &Rig, vm: usize, device: &mut Device) -> bool {
         let came = self.take(rig, vm, device);
         let transmit = &mut device.first().transmit;
         let taken = |queue: &vmflow_driver::queue::Queue| u64::from(queue.ring().size() - queue.free());
@@ -45,13 +75,17 @@ impl Traffic {
             self.sent += 1;
         }
         transmit.flush().unwrap();
-        while self.injected - self.given_up - count(&self.delivered) < WINDOW {
-            if !rig.wires[vm].try_send(&frame(LENGTH, self.injected)) {
-                break;
-            }
-            self.injected += 1;
-        }
         came
+    }
+
+    /// Takes what is there after the backend's end: nothing more will come.
+    pub fn end_of_device(&mut self, rig: &Rig, vm: usize, device: &mut Device) {
+        while self.take(rig, vm, device) {}
+    }
+
+    /// Different frames of the guest that came, and how many came again.
+    pub fn arrived_and_doubled(&self) -> (u64, u64) {
+        (count(&self.arrived), doubled(&self.arrived))
     }
 
     /// Takes what came at both ends.
@@ -124,4 +158,19 @@ fn count(frames: &BTreeMap<u64, u64>) -> u64 {
 
 fn doubled(frames: &BTreeMap<u64, u64>) -> u64 {
     frames.values().map(|times| times - 1).sum()
+}
+
+/// True once the backend has hung up.
+fn closed(channel: &Channel) -> bool {
+    use rustix::{
+        event::{PollFd, PollFlags, Timespec, poll},
+        io::Errno,
+    };
+    let mut fds = [PollFd::new(channel.stream(), PollFlags::RDHUP)];
+    loop {
+        match poll(&mut fds, Some(&Timespec::default())) {
+            Err(Errno::INTR) => {}
+            other => return other.unwrap() > 0,
+        }
+    }
 }

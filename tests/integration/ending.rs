@@ -1,0 +1,128 @@
+//! The end of vmflow, and what it found before it began: interfaces that are there, descriptors handed in.
+
+use std::{
+    fs,
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use rustix::process::Signal;
+use vmflow_driver::net::Config;
+
+use crate::{
+    harness::{Netns, Setup, VMFLOW, Vmflow, run, unique, wait_for},
+    rig::{NAMES, Rig, passes},
+    traffic::Traffic,
+    wire::Wire,
+};
+
+/// Frames each way before the end.
+const SOME: u64 = 500;
+
+fn exists(netns: &Netns, interface: &str) -> bool {
+    netns.run("ip", &["-o", "link"]).contains(&format!(": {interface}:"))
+}
+
+#[test]
+fn at_the_end_under_traffic_the_guest_sees_as_used_what_the_tap_got_and_nothing_is_left() {
+    let rig = Rig::two();
+    let mut device = rig.connect(0, Config::default());
+    let _other = rig.connect(1, Config::default());
+    let mut traffic = Traffic::default();
+    traffic.flow(&rig, 0, &mut device, SOME);
+    // The guest knows nothing of an end: its frames go on until the connection is closed.
+    traffic.flow_until_closed(&rig, 0, &mut device, || rig.vmflow.signal(Signal::TERM));
+    traffic.end_of_device(&rig, 0, &mut device);
+    let Rig { vmflow, wires, taps, setup, netns } = rig;
+    let log = vmflow.stop();
+    assert!(log.contains("ended"), "{log}");
+    let used = device.first().transmit.done();
+    let (arrived, doubled) = traffic.arrived_and_doubled();
+    assert_eq!((arrived, doubled), (used, 0), "used by the device, arrived at the tap");
+    assert_eq!(traffic.doubled_to_guest(), 0);
+    drop(wires);
+    for (name, tap) in NAMES.iter().zip(&taps) {
+        assert!(!setup.socket(name).exists() && !exists(&netns, tap), "{name}'s socket or tap is left");
+    }
+    for socket in ["control.sock", "stats.sock"] {
+        assert!(!setup.directory.path().join(socket).exists(), "{socket} is left");
+    }
+}
+
+#[test]
+fn a_tap_that_was_there_keeps_its_addresses_and_its_mtu_and_stays() {
+    let netns = Netns::new();
+    let tap = unique("t");
+    run("ip", &["tuntap", "add", &tap, "mode", "tap", "vnet_hdr"]);
+    let removed = Tap(tap.clone());
+    run("ip", &["addr", "add", "192.0.2.1/32", "dev", &tap]);
+    run("ip", &["link", "set", &tap, "mtu", "1400"]);
+    let described = || {
+        let text = run("ip", &["-o", "addr", "show", "dev", &tap]);
+        let mtu = fs::read_to_string(format!("/sys/class/net/{tap}/mtu")).unwrap();
+        (text.contains("192.0.2.1/32"), mtu.trim().to_owned())
+    };
+    let setup = Setup::new();
+    let socket = setup.socket(NAMES[0]);
+    let setup = setup.with(&format!(
+        "[[vm]]\nname = \"web1\"\n[[vm.port]]\nsocket = \"{}\"\ntap = \"{tap}\"",
+        socket.display()
+    ));
+    let vmflow = setup.start();
+    assert_eq!(described(), (true, "1400".into()));
+    vmflow.stop();
+    assert_eq!(described(), (true, "1400".into()));
+    drop((removed, netns));
+}
+
+/// A tap in the machine's own network namespace, removed in the end.
+struct Tap(String);
+
+impl Drop for Tap {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["link", "del", &self.0]).output();
+    }
+}
+
+#[test]
+fn the_taps_carrier_follows_the_front_end() {
+    let rig = Rig::one("");
+    rig.wait_carrier(0, false);
+    for _ in 0..3 {
+        let device = rig.connect(0, Config::default());
+        drop(device);
+        rig.wait_carrier(0, false);
+    }
+}
+
+#[test]
+fn a_tap_handed_in_as_a_descriptor_is_served_where_it_is() {
+    let netns = Netns::new();
+    let tap = unique("t");
+    let setup = Setup::new();
+    let socket = setup.socket(NAMES[0]);
+    let setup = setup.with(&format!(
+        "[[vm]]\nname = \"web1\"\n[[vm.port]]\nsocket = \"{}\"\ntap = \"{tap}\"\nnetns = \"{}\"",
+        socket.display(),
+        netns.0
+    ));
+    // A tap made in the namespace, as a launcher that may enter it would.
+    let fd = netns.inside(|| vmflow::tap::attach(&tap)).unwrap();
+    let mut command = Command::new("sh");
+    let script = format!(
+        "LISTEN_PID=$$ LISTEN_FDS=1 LISTEN_FDNAMES={tap} exec {VMFLOW} serve --config {} 3<&0 0</dev/null",
+        setup.file().display()
+    );
+    command.arg("-c").arg(script);
+    let vmflow = Vmflow::start_with_input(command, &setup.directory, Stdio::from(fd));
+    let wires = vec![Wire::open(&netns, &tap)];
+    let rig = Rig { vmflow, wires, taps: vec![tap], setup, netns };
+    let mut device = rig.connect(0, Config::default());
+    passes(&rig, 0, &mut device);
+    rig.check(0, &device, 0);
+    let Rig { vmflow, wires, taps, netns, .. } = rig;
+    vmflow.stop();
+    drop(wires);
+    wait_for("the tap to go with its last descriptor", || (!exists(&netns, &taps[0])).then_some(()));
+    assert!(!Path::new(&socket).exists());
+}
