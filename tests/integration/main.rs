@@ -7,6 +7,7 @@
 //! ```
 //! Each test ends with [`rig::Rig::check`]: the ledger balances, and all four agree.
 
+#![expect(clippy::unwrap_used, clippy::panic, reason = "what a test cannot go on without fails it")]
 #![expect(unreachable_pub, reason = "a test program exports nothing; `pub` says what a module is for")]
 
 #[path = "../harness/mod.rs"]

@@ -72,7 +72,9 @@ fn a_guest_that_refills_late_gets_what_waited_and_the_rest_is_the_kernels() {
     let mut device = Device::connect(&rig.socket(0), config).unwrap();
     rig.wait_carrier(0, true);
     let frames: Vec<_> = (0..100).map(|number| frame(LENGTH, number)).collect();
-    frames.iter().for_each(|frame| rig.wire().send(frame));
+    for frame in &frames {
+        rig.wire().send(frame);
+    }
     // Nothing is taken from the tap while there is nowhere to put it.
     send_one(&mut device, &frames[0]);
     assert_eq!(rig.wire().receive().bytes, frames[0]);
@@ -193,7 +195,9 @@ fn breaks(break_it: impl Fn(&mut Device)) {
         device.first().receive.refill().unwrap();
         passes(&rig, 0, &mut device);
         drop((device, other));
-        NAMES.iter().for_each(|name| rig.vmflow.wait_connected(name, false));
+        for name in NAMES {
+            rig.vmflow.wait_connected(name, false);
+        }
     }
     for (vm, name) in NAMES.iter().enumerate() {
         let (transmit, receive) = rig.vmflow.totals(name);

@@ -76,7 +76,9 @@ fn keepers_and_workers_have_no_rights_and_are_called_by_their_vm() {
     let mut names: Vec<_> = processes.iter().map(|pid| name(*pid)).collect();
     names.sort();
     assert_eq!(names, ["vmf-k:web1", "vmf-k:web2", "vmf-w:web1", "vmf-w:web2"]);
-    processes.iter().for_each(|pid| has_no_rights(*pid));
+    for pid in &processes {
+        has_no_rights(*pid);
+    }
     let users = |name: &str| {
         let of = |pid: &&u32| self::name(**pid).ends_with(name);
         processes.iter().filter(of).map(|pid| status(*pid, "Uid")).collect::<Vec<_>>()
