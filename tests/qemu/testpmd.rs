@@ -1,0 +1,104 @@
+//! DPDK's `virtio-user`: a front end that shares no code with QEMU, and counts what it sends.
+
+use std::{
+    io::{BufRead, BufReader, Write},
+    process::{Child, ChildStdin, Command, Stdio},
+    sync::mpsc::{Receiver, channel},
+    time::Instant,
+};
+
+use crate::{
+    bed::{Bed, Seen, WEB1, settle},
+    harness::{PATIENCE, count, unique},
+};
+
+/// Its default would not fit into [`MEGABYTES`].
+const MBUFS: &str = "--total-num-mbufs=16384";
+/// Without huge pages, memory is what it is given here.
+const MEGABYTES: &str = "384";
+
+/// A testpmd at its prompt.
+struct Testpmd {
+    child: Child,
+    // It ends as soon as this is closed.
+    input: ChildStdin,
+    lines: Receiver<String>,
+}
+
+impl Testpmd {
+    fn start(bed: &Bed, vm: &str) -> Self {
+        let device = format!("net_virtio_user0,path={},queues=1,queue_size=256", bed.socket(vm).display());
+        let mut command = Command::new("stdbuf");
+        command.args(["-oL", "dpdk-testpmd", "--no-pci", "--no-huge", "--no-telemetry", "-l", "0,1"]);
+        // A name of its own: another testpmd may run on this machine.
+        command.args(["--file-prefix", &unique("vmflow")]);
+        command.args(["-m", MEGABYTES, "--vdev", &device, "--", "--interactive", "--no-mlockall", MBUFS]);
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let (input, output) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        let (sender, lines) = channel();
+        std::thread::spawn(move || {
+            for line in BufReader::new(output).lines().map_while(Result::ok) {
+                if sender.send(line).is_err() {
+                    return;
+                }
+            }
+        });
+        Self { child, input, lines }
+    }
+
+    fn say(&mut self, line: &str) {
+        writeln!(self.input, "{line}").unwrap();
+    }
+
+    /// The next line that holds these words.
+    fn line_with(&self, words: &str) -> String {
+        let deadline = Instant::now() + PATIENCE;
+        let mut said = Vec::new();
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let Ok(line) = self.lines.recv_timeout(left) else {
+                panic!("testpmd did not say '{words}', but:\n{}", said.join("\n"));
+            };
+            if line.contains(words) {
+                return line;
+            }
+            said.push(line);
+        }
+    }
+}
+
+impl Drop for Testpmd {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        if std::thread::panicking() {
+            self.lines.iter().for_each(|line| eprintln!("testpmd: {line}"));
+        }
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn every_frame_that_testpmd_counts_is_counted_and_on_the_tap() {
+    let bed = Bed::new(&[WEB1]);
+    let mut testpmd = Testpmd::start(&bed, WEB1.name);
+    testpmd.say("set fwd txonly");
+    testpmd.say("start");
+    bed.vmflow().wait_connected(WEB1.name, true);
+    let wanted = count(100_000, 10_000_000);
+    settle("frames from testpmd", || {
+        let sent = Seen::of(&bed, WEB1.name).transmit.chains;
+        if sent >= wanted { Ok(()) } else { Err(format!("{sent} of {wanted}")) }
+    });
+    testpmd.say("stop");
+    testpmd.line_with("Accumulated forward statistics");
+    let line = testpmd.line_with("TX-packets:");
+    let counted: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
+    assert!(counted >= wanted, "{line}");
+    settle("the same count in vmflow and at the tap", || {
+        let sent = Seen::of(&bed, WEB1.name).transmit;
+        let tap = bed.tap(WEB1.name).transmitted;
+        let same = sent.chains == counted && sent.passed.frames == counted;
+        let at_tap = tap == (sent.tap_operations, sent.tap_bytes) && tap.0 <= counted;
+        if same && at_tap { Ok(()) } else { Err(format!("testpmd {counted}, vmflow {sent:?}, tap {tap:?}")) }
+    });
+}
