@@ -63,15 +63,15 @@ fn must(command: &mut Command) -> String {
 pub struct Vm {
     pub name: &'static str,
     /// Lines of the VM.
-    pub vm: &'static str,
+    pub own: &'static str,
     /// Lines of its port.
     pub port: &'static str,
 }
 
 /// A VM with nothing special.
-pub const WEB1: Vm = Vm { name: "web1", vm: "", port: "" };
+pub const WEB1: Vm = Vm { name: "web1", own: "", port: "" };
 /// Another one.
-pub const WEB2: Vm = Vm { name: "web2", vm: "", port: "" };
+pub const WEB2: Vm = Vm { name: "web2", own: "", port: "" };
 
 /// Network, vmflow and servers; guests end with it.
 pub struct Bed {
@@ -90,10 +90,10 @@ impl Bed {
         let prefix = unique("vq").replace('-', "_");
         must(script("net-up").arg(&prefix).args(vms.iter().map(|vm| vm.name)));
         let mut setup = Setup::new();
-        for Vm { name, vm, port } in vms {
+        for Vm { name, own, port } in vms {
             let socket = setup.socket(name).display().to_string();
             setup = setup.with(&format!(
-                "[[vm]]\nname = \"{name}\"\n{vm}\n[[vm.port]]\nsocket = \"{socket}\"\n\
+                "[[vm]]\nname = \"{name}\"\n{own}\n[[vm.port]]\nsocket = \"{socket}\"\n\
                  tap = \"vmf-{name}\"\nnetns = \"{prefix}-{name}\"\n{port}"
             ));
         }
@@ -274,7 +274,7 @@ impl<'b> Guest<'b> {
         settle("an answer to a ping", || if self.ping(1) == 1 { Ok(()) } else { Err("none came".into()) });
     }
 
-    /// So many MiB by iperf3; `words` are more of its options.
+    /// So much by iperf3, in units of 2^20 bytes; `words` are more of its options.
     pub fn iperf(&self, mib: u64, words: &str) {
         let text =
             self.run(&format!("iperf3 --client {SERVER} --port {IPERF_PORT} --json --bytes {mib}M {words}"));
@@ -288,7 +288,7 @@ impl<'b> Guest<'b> {
     /// Starts iperf3 in the guest and does not wait for its end; `words` say how much and from where.
     pub fn start_iperf(&self, words: &str) -> Child {
         let iperf = format!("iperf3 --client {SERVER} --port {IPERF_PORT} {words}");
-        self.command(&["exec", &iperf]).stdin(Stdio::null()).spawn().unwrap()
+        self.command(&["exec", &iperf]).stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap()
     }
 
     /// Pings, and TCP both ways; then all counts agree.

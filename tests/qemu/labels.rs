@@ -70,7 +70,7 @@ fn a_tag_that_comes_and_goes_under_load_loses_nothing() {
 fn two_guests_that_no_packet_tells_apart_are_counted_each_for_itself() {
     const SECOND_PORT: u16 = 5202;
     const SOURCE_PORT: u16 = 40000;
-    let stopped = Vm { vm: "suspect = { action = \"drop\" }", ..WEB2 };
+    let stopped = Vm { own: "suspect = { action = \"drop\" }", ..WEB2 };
     let bed = Bed::new(&[WEB1, stopped]);
     bed.serve_iperf(IPERF_PORT);
     bed.serve_iperf(SECOND_PORT);
