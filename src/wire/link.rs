@@ -10,7 +10,7 @@
 //!
 //! A tag is only what Linux takes for one: frames with the old 0x9100 have that as their `EtherType`.
 
-use super::{Unclassified, View, be16, field};
+use super::{Depth, Headers, Unclassified, View, be16, field, key, net};
 use std::fmt;
 
 /// Two addresses and an `EtherType`: what every frame begins with.
@@ -63,8 +63,9 @@ impl Mac {
 
 impl fmt::Display for Mac {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [a, b, c, d, e, g] = self.0;
-        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+        let [first, rest @ ..] = self.0;
+        write!(f, "{first:02x}")?;
+        rest.iter().try_for_each(|octet| write!(f, ":{octet:02x}"))
     }
 }
 
@@ -94,11 +95,15 @@ impl EtherType {
 /// A VLAN tag: which of the two kinds it is, and its control field (priority 3 bits, drop eligible 1, ID 12).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct VlanTag {
-    kind: EtherType,
     control: u16,
+    is_service: bool,
 }
 
 impl VlanTag {
+    pub(super) const fn new(control: u16, is_service: bool) -> Self {
+        Self { control, is_service }
+    }
+
     const ID_MASK: u16 = 0x0fff;
     const DROP_ELIGIBLE: u16 = 0x1000;
     const PRIORITY_SHIFT: u32 = 13;
@@ -125,36 +130,7 @@ impl VlanTag {
     /// Is it a service tag (0x88a8), not a customer's (0x8100)?
     #[must_use]
     pub const fn is_service(self) -> bool {
-        self.kind.0 == EtherType::SERVICE_VLAN.0
-    }
-}
-
-/// The tags of one frame, outermost first.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct VlanTags {
-    tags: [VlanTag; MAX_VLAN_TAGS],
-    count: u8,
-}
-
-impl VlanTags {
-    pub(super) const NONE: Self =
-        Self { tags: [VlanTag { kind: EtherType(0), control: 0 }; MAX_VLAN_TAGS], count: 0 };
-
-    pub(super) fn as_slice(&self) -> &[VlanTag] {
-        self.tags.get(..usize::from(self.count)).unwrap_or_default()
-    }
-
-    /// The two places, for the flow key; one that is empty is `None`.
-    pub(super) fn pair(self) -> [Option<VlanTag>; MAX_VLAN_TAGS] {
-        let [outer, inner] = self.tags;
-        [(self.count >= 1).then_some(outer), (self.count >= 2).then_some(inner)]
-    }
-
-    fn push(&mut self, tag: VlanTag) -> Result<(), Unclassified> {
-        let place = self.tags.get_mut(usize::from(self.count)).ok_or(Unclassified::TooManyVlanTags)?;
-        *place = tag;
-        self.count = self.count.saturating_add(1);
-        Ok(())
+        self.is_service
     }
 }
 
@@ -171,87 +147,93 @@ pub enum Framing {
     Llc,
 }
 
-/// A frame's link layer.
+/// A packet in its frame: what it should be, where it begins, and a view that ends where the link layer ends.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Link {
-    pub(super) destination: Mac,
-    pub(super) source: Mac,
-    pub(super) tags: VlanTags,
-    pub(super) framing: Framing,
-    /// Under LLC the destination's and the source's service access point.
+pub(super) struct Packet<'a> {
+    pub(super) view: View<'a>,
+    pub(super) offset: usize,
     pub(super) ether_type: EtherType,
-    /// Where the packet begins.
-    pub(super) network_offset: usize,
-    /// Where the packet ends at the latest: an 802.3 length can end it before the frame does.
-    pub(super) end: usize,
-    pub(super) stopped: Option<Unclassified>,
 }
 
-/// The link layer of a frame; `None` if it is too short to have one.
+/// Reads the link layer and what it carries.
 #[inline]
-pub(super) fn parse(view: View<'_>) -> Option<Link> {
-    let header = view.at::<ETHERNET_SIZE>(0)?;
-    let mut link = Link {
-        destination: Mac(field::<0, 6, _>(header)),
-        source: Mac(field::<6, 6, _>(header)),
-        tags: VlanTags::NONE,
-        framing: Framing::EthernetII,
-        ether_type: EtherType(be16::<12, _>(header)),
-        network_offset: ETHERNET_SIZE,
-        end: view.end,
-        stopped: None,
+pub(super) fn read(headers: &mut Headers, view: View<'_>) -> Result<(), Unclassified> {
+    let header = view.at::<ETHERNET_SIZE>(0).ok_or(Unclassified::Runt)?;
+    headers.key.set_macs(&field::<0, 12, _>(header));
+    headers.depth = Depth::Link;
+    let ether_type = EtherType(be16::<12, _>(header));
+    if ether_type.is_vlan() || ether_type.0 < MIN_ETHER_TYPE {
+        return read_wrapped(headers, view.copy, view.end, ether_type);
+    }
+    headers.key.set_ether_type(ether_type, Framing::EthernetII);
+    headers.set_l3_offset(ETHERNET_SIZE);
+    net::read(headers, Packet { view, offset: ETHERNET_SIZE, ether_type })
+}
+
+/// The same behind tags or LLC. Apart, and with the view in pieces, so that the plain frame's can stay in
+/// registers.
+#[inline(never)]
+fn read_wrapped(
+    headers: &mut Headers,
+    copy: &[u8],
+    end: usize,
+    ether_type: EtherType,
+) -> Result<(), Unclassified> {
+    let mut packet = Packet { view: View { copy, end }, offset: ETHERNET_SIZE, ether_type };
+    step_over_tags(headers, &mut packet)?;
+    let framing = if packet.ether_type.0 < MIN_ETHER_TYPE {
+        step_over_llc(headers, &mut packet)?
+    } else {
+        Framing::EthernetII
     };
-    if link.ether_type.is_vlan() {
-        link.stopped = look_behind_tags(view, &mut link).err();
-    }
-    if link.ether_type.0 < MIN_ETHER_TYPE {
-        link.stopped = look_behind_llc(view, &mut link).err();
-    }
-    Some(link)
+    headers.key.set_ether_type(packet.ether_type, framing);
+    headers.set_l3_offset(packet.offset);
+    if framing == Framing::Llc { Ok(()) } else { net::read(headers, packet) }
 }
 
-/// Steps over the tags, so that `link` tells of what they wrap.
-fn look_behind_tags(view: View<'_>, link: &mut Link) -> Result<(), Unclassified> {
-    while link.ether_type.is_vlan() {
-        let [c0, c1, t0, t1] =
-            *view.at::<TAG_SIZE>(link.network_offset).ok_or(Unclassified::TruncatedVlanTag)?;
-        link.tags.push(VlanTag { kind: link.ether_type, control: u16::from_be_bytes([c0, c1]) })?;
-        link.ether_type = EtherType(u16::from_be_bytes([t0, t1]));
-        link.network_offset = link.network_offset.saturating_add(TAG_SIZE);
+fn step_over_tags(headers: &mut Headers, packet: &mut Packet<'_>) -> Result<(), Unclassified> {
+    for place in 0..=MAX_VLAN_TAGS {
+        if !packet.ether_type.is_vlan() {
+            return Ok(());
+        }
+        // What the key tells, should this tag be the last that can be read.
+        headers.key.set_ether_type(packet.ether_type, Framing::EthernetII);
+        let tag = packet.view.at::<TAG_SIZE>(packet.offset).ok_or(Unclassified::TruncatedVlanTag)?;
+        let control = headers.tags.get_mut(place).ok_or(Unclassified::TooManyVlanTags)?;
+        *control = be16::<0, _>(tag);
+        let is_service = packet.ether_type == EtherType::SERVICE_VLAN;
+        headers.key.set_vlan(place, key::vlan(*control, is_service));
+        packet.ether_type = EtherType(be16::<2, _>(tag));
+        packet.offset = packet.offset.wrapping_add(TAG_SIZE);
     }
-    Ok(())
+    Err(Unclassified::TooManyVlanTags)
 }
 
-/// Steps over an LLC header and, where there is one, SNAP. Rare enough to be kept out of the way.
+/// Steps over LLC and SNAP to a packet with an `EtherType`; without SNAP, stays before LLC and takes its
+/// service access points for the type.
 #[cold]
-fn look_behind_llc(view: View<'_>, link: &mut Link) -> Result<(), Unclassified> {
-    let length = link.ether_type.0;
+fn step_over_llc(headers: &mut Headers, packet: &mut Packet<'_>) -> Result<Framing, Unclassified> {
+    let length = packet.ether_type.0;
     // Until more is known: no service access point, not a length that reads like a type.
-    link.ether_type = EtherType(0);
-    link.framing = Framing::Llc;
-    if length > MAX_802_3_LENGTH {
-        return Err(Unclassified::LengthField);
+    headers.key.set_ether_type(EtherType(0), Framing::Llc);
+    let end = packet.offset.wrapping_add(usize::from(length));
+    let view = packet.view.until(end).filter(|_| length <= MAX_802_3_LENGTH);
+    packet.view = view.ok_or(Unclassified::LengthField)?;
+    let llc = packet.view.at::<LLC_SIZE>(packet.offset).ok_or(Unclassified::TruncatedLlc)?;
+    packet.ether_type = EtherType(be16::<0, _>(llc));
+    if *llc != LLC_SNAP {
+        return Ok(Framing::Llc);
     }
-    let end = link.network_offset.saturating_add(usize::from(length));
-    let llc = view.until(end).ok_or(Unclassified::LengthField)?;
-    link.end = end;
-    let points = llc.at::<LLC_SIZE>(link.network_offset).ok_or(Unclassified::TruncatedLlc)?;
-    let [destination, source, _control] = *points;
-    link.ether_type = EtherType(u16::from_be_bytes([destination, source]));
-    if *points != LLC_SNAP {
-        return Ok(());
-    }
-    let [_, _, _, o0, o1, o2, t0, t1] =
-        *llc.at::<SNAP_SIZE>(link.network_offset).ok_or(Unclassified::TruncatedLlc)?;
-    let ether_type = EtherType(u16::from_be_bytes([t0, t1]));
-    if ![SNAP_RFC1042, SNAP_802_1H].contains(&[o0, o1, o2]) || ether_type.0 < MIN_ETHER_TYPE {
-        return Ok(());
+    headers.key.set_ether_type(packet.ether_type, Framing::Llc);
+    let snap = packet.view.at::<SNAP_SIZE>(packet.offset).ok_or(Unclassified::TruncatedLlc)?;
+    let ether_type = EtherType(be16::<6, _>(snap));
+    if ![SNAP_RFC1042, SNAP_802_1H].contains(&field::<3, 3, _>(snap)) || ether_type.0 < MIN_ETHER_TYPE {
+        return Ok(Framing::Llc);
     }
     if ether_type.is_vlan() {
         return Err(Unclassified::MisplacedVlanTag);
     }
-    link.framing = Framing::Snap;
-    link.ether_type = ether_type;
-    link.network_offset = link.network_offset.saturating_add(SNAP_SIZE);
-    Ok(())
+    packet.ether_type = ether_type;
+    packet.offset = packet.offset.wrapping_add(SNAP_SIZE);
+    Ok(Framing::Snap)
 }

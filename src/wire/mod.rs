@@ -15,6 +15,9 @@
 //! * [`vnet`]: which checksum and segmentation offloads may be asked for, and how many packets a frame becomes.
 //!
 //! Where parsing stops early, [`Headers::unclassified`] says why; what was parsed before that is there.
+//!
+//! Offsets are added with `wrapping_add`, which cannot wrap: an offset is at most [`PREFIX`], what is added to it
+//! comes from a field of 16 bits, and a frame's own length is compared, never added to.
 
 #![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 
@@ -32,8 +35,7 @@ pub use link::{EtherType, Framing, Mac, VlanTag};
 pub use net::{Arp, Family, Fragment};
 pub use transport::{Icmp, Tcp, TcpFlags, Transport, Udp};
 
-use link::{Link, VlanTags};
-use net::Network;
+use transport::RawTransport;
 
 /// How many of a frame's first bytes are looked at. More are ignored, so that the answer doesn't depend on how
 /// many bytes a caller happened to copy.
@@ -78,6 +80,8 @@ pub enum Unclassified {
     Jumbogram,
     /// An IPv6 extension header that doesn't fit the packet, or the bytes that are looked at.
     TruncatedExtension,
+    /// An authentication header whose length is less than its fixed fields' 12 bytes.
+    AuthenticationLength,
     /// More than [`net::MAX_EXTENSIONS`] IPv6 extension headers.
     TooManyExtensions,
     /// Hop-by-hop options that don't come first (RFC 8200 section 4.1).
@@ -141,8 +145,7 @@ impl<'a> View<'a> {
     }
 }
 
-/// The `N` bytes at `AT` of a header: a field, where both are known when this is compiled. Fields are copied
-/// whole: taken apart into bytes and put together again, they cost three times as much.
+/// The `N` bytes at `AT` of a header. That they are in it is known when this is compiled.
 #[inline]
 fn field<const AT: usize, const N: usize, const SIZE: usize>(header: &[u8; SIZE]) -> [u8; N] {
     const { assert!(AT.saturating_add(N) <= SIZE) };
@@ -169,13 +172,14 @@ pub struct Headers {
     /// Where the network layer's packet ends; 0 = not known.
     packet_end: u32,
     identification: u32,
-    transport: Transport,
     /// Offsets; 0 = not there, as the link layer's header always comes first.
     l3_offset: u16,
     l4_offset: u16,
     payload_offset: u16,
     fragment_offset: u16,
-    tags: VlanTags,
+    /// The tags' control fields; which of them there are, and of which kind, the key tells.
+    tags: [u16; link::MAX_VLAN_TAGS],
+    transport: RawTransport,
     traffic_class: u8,
     hop_limit: u8,
     dont_fragment: bool,
@@ -183,9 +187,11 @@ pub struct Headers {
     unclassified: Option<Unclassified>,
 }
 
-/// The prefix is at most 256 bytes, an IPv4 or TCP header at most 60: offsets are always less than 2^16.
+/// Offsets lie in the first [`PREFIX`] bytes or, with TCP's options, 60 bytes behind them: 2 bytes hold them.
+#[inline]
 fn offset(value: usize) -> u16 {
-    u16::try_from(value).unwrap_or(u16::MAX)
+    let [.., high, low] = value.to_be_bytes();
+    u16::from_be_bytes([high, low])
 }
 
 fn length(value: usize) -> u32 {
@@ -196,78 +202,45 @@ fn present(offset: u16) -> Option<usize> {
     (offset != 0).then_some(usize::from(offset))
 }
 
+/// How the headers are read: each layer notes what it finds, and hands what it carries to the next one.
 impl Headers {
     /// Parses a frame of `frame_len` bytes, of which `prefix` is a copy of the first ones: all of them, or at
     /// least [`PREFIX`].
     #[inline]
     #[must_use]
     pub fn parse(prefix: &[u8], frame_len: usize) -> Self {
-        let view = View::of(prefix, frame_len);
-        let Some(link) = link::parse(view) else { return Self::runt(frame_len) };
-        let mut headers = Self::of_link(&link, frame_len);
-        if link.stopped.is_some() || link.framing == Framing::Llc {
-            return headers;
-        }
-        let Some(packet) = view.until(link.end) else { return headers };
-        match net::parse(packet, link.network_offset, link.ether_type) {
-            None => {}
-            Some(Err(reason)) => headers.unclassified = Some(reason),
-            Some(Ok(network)) => {
-                headers.add_network(&network);
-                headers.add_transport(packet, &network);
-            }
-        }
+        let mut headers = Self::default();
+        headers.read(prefix, frame_len);
         headers
     }
 
-    #[cold]
-    fn runt(frame_len: usize) -> Self {
-        Self { frame_len: length(frame_len), unclassified: Some(Unclassified::Runt), ..Self::default() }
+    /// Not inlined, so that the headers are written where the caller wants them and not copied there.
+    #[inline(never)]
+    fn read(&mut self, prefix: &[u8], frame_len: usize) {
+        self.frame_len = length(frame_len);
+        self.unclassified = link::read(self, View::of(prefix, frame_len)).err();
     }
 
     #[inline]
-    fn of_link(link: &Link, frame_len: usize) -> Self {
-        Self {
-            key: FlowKey::of_link(link),
-            frame_len: length(frame_len),
-            l3_offset: if link.stopped.is_some() { 0 } else { offset(link.network_offset) },
-            tags: link.tags,
-            depth: Depth::Link,
-            unclassified: link.stopped,
-            ..Self::default()
-        }
+    fn set_l3_offset(&mut self, value: usize) {
+        self.l3_offset = offset(value);
     }
 
     #[inline]
-    fn add_network(&mut self, network: &Network) {
-        self.key.add_network(network);
-        self.packet_end = length(network.end);
-        self.identification = network.identification;
-        self.l4_offset = network.transport_offset.map_or(0, offset);
-        self.fragment_offset = network.fragment_offset;
-        self.traffic_class = network.traffic_class;
-        self.hop_limit = network.hop_limit;
-        self.dont_fragment = network.dont_fragment;
+    fn set_packet(&mut self, family: Family, [source, destination]: [[u64; 2]; 2], end: usize) {
+        self.key.set_addresses(family, source, destination);
+        self.packet_end = length(end);
         self.depth = Depth::Network;
-        self.unclassified = network.stopped;
     }
 
     #[inline]
-    fn add_transport(&mut self, packet: View<'_>, network: &Network) {
-        let (Some(start), Some(packet)) = (network.transport_offset, packet.until(network.end)) else {
-            return;
-        };
-        match transport::parse(packet, start, network) {
-            Ok(Transport::None) => {}
-            Ok(transport) => {
-                let header_length = transport.header_length().unwrap_or_default();
-                self.key.add_transport(transport);
-                self.transport = transport;
-                self.payload_offset = offset(start.saturating_add(header_length));
-                self.depth = Depth::Transport;
-            }
-            Err(reason) => self.unclassified = Some(reason),
-        }
+    fn set_l4_offset(&mut self, value: usize) {
+        self.l4_offset = offset(value);
+    }
+
+    #[inline]
+    fn set_payload_offset(&mut self, value: usize) {
+        self.payload_offset = offset(value);
     }
 }
 
@@ -297,10 +270,16 @@ impl Headers {
         self.frame_len
     }
 
-    /// The VLAN tags, outermost first.
+    /// The VLAN tags: the outer and the inner one.
     #[must_use]
-    pub fn vlan_tags(&self) -> &[VlanTag] {
-        self.tags.as_slice()
+    pub fn vlan_tags(&self) -> [Option<VlanTag>; link::MAX_VLAN_TAGS] {
+        let [outer, inner] = self.tags;
+        let [outer_is_service, inner_is_service] = self.key.service_vlans();
+        let [outer_id, inner_id] = self.key.vlan_ids();
+        [
+            outer_id.map(|_| VlanTag::new(outer, outer_is_service)),
+            inner_id.map(|_| VlanTag::new(inner, inner_is_service)),
+        ]
     }
 
     /// Where the packet begins, behind the link layer's header and tags.
@@ -323,32 +302,28 @@ impl Headers {
 
     /// Where the packet ends by its own length field; the frame may be longer: padding.
     #[must_use]
-    pub fn packet_end(&self) -> Option<u32> {
-        (self.packet_end != 0).then_some(self.packet_end)
+    pub fn packet_end(&self) -> Option<usize> {
+        (self.packet_end != 0).then(|| usize::try_from(self.packet_end).unwrap_or(usize::MAX))
     }
 
     /// The transport's header.
     #[must_use]
-    pub const fn transport(&self) -> &Transport {
-        &self.transport
+    pub fn transport(&self) -> Transport {
+        self.transport.decode()
     }
 
     /// The TCP header.
+    #[inline]
     #[must_use]
-    pub const fn tcp(&self) -> Option<&Tcp> {
-        match &self.transport {
-            Transport::Tcp(tcp) => Some(tcp),
-            _ => None,
-        }
+    pub fn tcp(&self) -> Option<Tcp> {
+        self.transport.is_tcp().then(|| self.transport.tcp())
     }
 
     /// The UDP header.
+    #[inline]
     #[must_use]
-    pub const fn udp(&self) -> Option<&Udp> {
-        match &self.transport {
-            Transport::Udp(udp) => Some(udp),
-            _ => None,
-        }
+    pub fn udp(&self) -> Option<Udp> {
+        self.transport.is_udp().then(|| self.transport.udp())
     }
 
     /// The fragment's place in its packet, in units of 8 bytes.
@@ -399,7 +374,7 @@ impl Headers {
         if self.key.family() != Family::Arp {
             return None;
         }
-        Arp::parse(prefix.get(usize::from(self.l3_offset)..)?.first_chunk()?).ok()
+        prefix.get(usize::from(self.l3_offset)..)?.first_chunk().map(Arp::decode)
     }
 }
 

@@ -14,16 +14,16 @@
 //!
 //! Neither touches `num_buffers`: it is 0 in a header that was rebuilt.
 
-use super::link::{ETHERNET_HEADER, MAX_VLAN_TAGS, VLAN_TAG};
+use super::link::{ETHERNET_HEADER, VLAN_TAG};
 use super::transport::{TCP_CHECKSUM_OFFSET, UDP_CHECKSUM_OFFSET};
-use super::{Family, Fragment, Headers, Transport};
+use super::{Family, Fragment, Framing, Headers};
 use virtio_bindings::virtio_net as spec;
 
 /// The length of the header in bytes, with `num_buffers`.
 pub const HEADER_LEN: usize = 12;
 
 /// The smallest segment that a guest may ask for, in bytes. Linux doesn't believe a TCP peer that claims a
-/// smaller maximum (`tcp_min_snd_mss`). A frame of 64 KiB then becomes at most 1,366 packets, where a size of
+/// smaller maximum (`tcp_min_snd_mss`). A frame of 65,535 bytes then becomes at most 1,365 packets, where a size of
 /// 1 would have the host make 65,000.
 pub const MIN_GSO_SIZE: u16 = 48;
 
@@ -92,9 +92,13 @@ impl GsoType {
         self.0 & Self::ECN != 0
     }
 
-    /// Does the type, apart from ECN, fit what was parsed?
+    /// Does the type, apart from ECN, fit what was parsed? Nothing fits behind SNAP: the 802.3 length would be
+    /// wrong in each packet.
     fn fits(self, headers: &Headers) -> bool {
         let family = headers.flow_key().family();
+        if headers.flow_key().framing() != Framing::EthernetII {
+            return false;
+        }
         match self.without_ecn() {
             Self::TCPV4 => headers.tcp().is_some() && family == Family::Ipv4,
             Self::TCPV6 => headers.tcp().is_some() && family == Family::Ipv6,
@@ -326,7 +330,8 @@ impl Checked {
             None => len,
             Some(Segmentation { headers, size }) => headers.saturating_add(usize::from(size)),
         };
-        let tags = headers.vlan_tags().len().min(MAX_VLAN_TAGS).saturating_mul(usize::from(VLAN_TAG));
+        let tags = headers.flow_key().vlan_ids().into_iter().flatten().count();
+        let tags = tags.saturating_mul(usize::from(VLAN_TAG));
         longest <= usize::from(mtu).saturating_add(usize::from(ETHERNET_HEADER)).saturating_add(tags)
     }
 }
@@ -390,9 +395,9 @@ fn checksum_place(headers: &Headers) -> Result<(u16, u16), BadOffload> {
     if headers.flow_key().fragment() != Fragment::Whole {
         return Err(BadOffload::ChecksumOfFragment);
     }
-    let offset = match headers.transport() {
-        Transport::Tcp(_) => TCP_CHECKSUM_OFFSET,
-        Transport::Udp(_) => UDP_CHECKSUM_OFFSET,
+    let offset = match (headers.tcp(), headers.udp()) {
+        (Some(_), _) => TCP_CHECKSUM_OFFSET,
+        (_, Some(_)) => UDP_CHECKSUM_OFFSET,
         _ => return Err(BadOffload::ChecksumOfUnparsed),
     };
     let start = headers.l4_offset().ok_or(BadOffload::ChecksumOfUnparsed)?;
@@ -411,7 +416,7 @@ fn sent_segmentation(header: VnetHeader, headers: &Headers, len: usize) -> Resul
     if len <= all_headers {
         return Err(BadOffload::GsoWithoutPayload);
     }
-    if headers.packet_end().and_then(|end| usize::try_from(end).ok()) != Some(len) {
+    if headers.packet_end() != Some(len) {
         return Err(BadOffload::GsoWithPadding);
     }
     Ok(Segmentation { headers: all_headers, size: header.gso_size })
