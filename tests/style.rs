@@ -1,5 +1,7 @@
 //! Rules about the source itself.
 
+#![expect(clippy::unwrap_used, reason = "a test program")]
+
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -81,14 +83,14 @@ fn the_readmes_configuration_is_valid_also_with_its_optional_lines() {
     let block = readme.split("```toml\n").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
     // Users and groups of libvirt need not exist on the machine that runs the tests, and a client has no owner.
     let optional = |line: &str| line.starts_with("# ") && !line.contains("libvirt");
-    let with_all: Vec<_> =
-        block.lines().map(|line| if optional(line) { &line[2..] } else { line }).collect();
+    let with_all: Vec<_> = block.lines().map(|line| if optional(line) { &line[2..] } else { line }).collect();
     for text in [block.to_string(), with_all.join("\n")] {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("vmflow.toml");
         fs::write(&file, &text).unwrap();
         let vmflow = env!("CARGO_BIN_EXE_vmflow");
-        let output = std::process::Command::new(vmflow).args(["check", "--config"]).arg(&file).output().unwrap();
+        let output =
+            std::process::Command::new(vmflow).args(["check", "--config"]).arg(&file).output().unwrap();
         assert!(output.status.success(), "{}\n{text}", String::from_utf8_lossy(&output.stderr));
     }
 }

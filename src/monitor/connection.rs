@@ -116,7 +116,7 @@ impl<'p> Connection<'p> {
                 Ok(None) | Err(_) => Event::KeeperEnded(self.keeper.ended().await?),
             },
             Ok(()) = self.policy.changed(), if self.ready => Event::PolicyChanged,
-            another = self.port.doorbell.ring(self.port.peer), if may_wait => Event::SecondCame(another),
+            another = self.port.another(), if may_wait => Event::SecondCame(another),
             () = at(second_expires) => Event::SecondExpired,
             Ok(_) = stop.wait_for(|stop| *stop), if self.deadline.is_none() => Event::Stop,
             () = at(self.deadline) => Event::DeadlinePassed,

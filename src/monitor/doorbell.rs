@@ -35,9 +35,9 @@ impl Doorbell {
         matches!(self, Self::Server(_))
     }
 
-    /// Waits for the next front end; refuses those of another user than `only`. May be dropped and called
-    /// again.
-    pub async fn ring(&self, only: Option<u32>) -> FrontEnd {
+    /// Waits for the next front end; refuses those of another user than `only`, each with a call of
+    /// `refused`. May be dropped and called again.
+    pub async fn ring(&self, only: Option<u32>, refused: impl Fn()) -> FrontEnd {
         loop {
             let stream = match self {
                 Self::Server(listener) => accept(listener).await,
@@ -46,6 +46,7 @@ impl Doorbell {
             match identify(stream) {
                 Ok(front_end) if only.is_none_or(|uid| uid == front_end.uid) => return front_end,
                 Ok(FrontEnd { pid, uid, .. }) => {
+                    refused();
                     tracing::warn!(
                         pid,
                         uid,

@@ -36,7 +36,7 @@ pub struct Port {
     /// What its keepers are told.
     pub brief: Brief,
     pub(super) doorbell: Doorbell,
-    pub(super) peer: Option<u32>,
+    peer: Option<u32>,
     pub(super) tap: OwnedFd,
     pub(super) ledger_file: OwnedFd,
     ledger: Ledger,
@@ -136,8 +136,13 @@ impl Port {
     async fn next(&self, waiting: Option<FrontEnd>) -> FrontEnd {
         match waiting {
             Some(front_end) => front_end,
-            None => self.doorbell.ring(self.peer).await,
+            None => self.another().await,
         }
+    }
+
+    /// Waits for a front end that may be served.
+    pub(super) async fn another(&self) -> FrontEnd {
+        self.doorbell.ring(self.peer, || self.refused.set(self.refused.get() + 1)).await
     }
 
     /// The tap's carrier follows the front end.
@@ -205,7 +210,7 @@ impl Port {
     pub const fn worker_restarts(&self) -> u64 {
         self.worker_restarts.get()
     }
-    /// Front ends refused because another one was connected.
+    /// Front ends refused: of another user, or because one was connected.
     #[must_use]
     pub const fn refused(&self) -> u64 {
         self.refused.get()
