@@ -17,7 +17,7 @@ use rustix::{
     time::{ClockId, clock_gettime},
 };
 
-/// virtio_net_hdr_v1.
+/// An empty `virtio_net_hdr_v1`.
 const HEADER: [u8; 12] = [0; 12];
 
 /// Moves this process to a network namespace of its own.
@@ -109,8 +109,11 @@ pub struct Sender(OwnedFd);
 
 impl Sender {
     pub fn on(name: &str) -> Self {
-        // SAFETY: plain system calls; the descriptor is new and ours.
-        let fd = unsafe { OwnedFd::from_raw_fd(libc::socket(libc::AF_PACKET, libc::SOCK_RAW, 0)) };
+        // SAFETY: a plain system call.
+        let number = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW, 0) };
+        assert!(number >= 0, "a packet socket");
+        // SAFETY: the descriptor is new and ours.
+        let fd = unsafe { OwnedFd::from_raw_fd(number) };
         let index = rustix::net::netdevice::name_to_index(&fd, name).expect("the tap");
         // SAFETY: all bytes zero is a valid address.
         let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
@@ -191,7 +194,7 @@ fn read_all(fd: &OwnedFd, frames: u16) {
             Err(Errno::AGAIN) => {
                 let _ = poll(&mut [PollFd::new(fd, PollFlags::IN)], None);
             }
-            Err(e) => panic!("{e}"),
+            Err(e) => unreachable!("the tap: {e}"),
         }
     }
 }

@@ -99,7 +99,9 @@ fn a_processs_open_descriptors_are_those_of_its_port() {
     };
     for pid in rig.vmflow.processes("vmf-") {
         let vm = NAMES.iter().position(|vm| name(pid).ends_with(vm)).unwrap();
-        assert_eq!(taps(pid), BTreeSet::from([rig.taps[vm].clone()]), "{}", name(pid));
+        // A keeper has given its tap to its worker.
+        let own = name(pid).starts_with("vmf-w").then(|| rig.taps[vm].clone());
+        assert_eq!(taps(pid), own.into_iter().collect(), "{}", name(pid));
     }
 }
 
