@@ -62,6 +62,7 @@ pub mod ring;
 pub mod transmit;
 
 #[cfg(test)]
+#[allow(clippy::indexing_slicing, clippy::arithmetic_side_effects, reason = "a test may panic")]
 mod tests;
 
 use crate::policy::Policy;
