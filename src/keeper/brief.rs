@@ -8,6 +8,8 @@ use crate::{features, label::Label};
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Brief {
+    /// The monitor's process: a keeper does not outlive it.
+    pub monitor: u32,
     /// The VM's name.
     pub vm: String,
     /// The VM's label.

@@ -82,6 +82,10 @@ fn begin(brief: Brief) -> anyhow::Result<(Keeper, OwnedFd)> {
     let _ = rustix::thread::set_name(&std::ffi::CString::new(brief.process_name('k'))?);
     let descriptors = Descriptors::open().context("/proc/self/fd")?;
     door::shut(brief.uid)?;
+    let parent = rustix::process::getppid().map(|pid| pid.as_raw_pid().unsigned_abs());
+    if parent != Some(brief.monitor) {
+        bail!("the monitor ended before its keeper had begun");
+    }
     let termination = process::termination().context("signalfd")?;
     files::set_nonblocking(&inherited.policies).context("policy socket")?;
     let worker = Worker::start(&brief, &inherited)?;

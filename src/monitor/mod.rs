@@ -72,6 +72,7 @@ async fn serve(config: &Config) -> anyhow::Result<()> {
     let mut registry = Registry::open(&config.daemon.state)?;
     let labels = registry.allocate(&claims(config), &config.daemon.labels)?;
     let (doorbells, claims) = bind(config)?;
+    let api = Api::bind(config)?;
     let mut host = Means { doorbells, taps: inherited::take(), suspect: config.suspect };
     let mut vms = Vec::new();
     for (vm, label) in config.vms.iter().zip(labels) {
@@ -85,14 +86,14 @@ async fn serve(config: &Config) -> anyhow::Result<()> {
         let (port, stopped) = (Rc::clone(port), stopped.clone());
         ports.spawn_local(async move { port.serve(stopped).await });
     }
-    let api = Api::start(config, &host)?;
+    let api = api.serve(&host)?;
     announce(config);
     wait_for_the_end().await?;
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     stop.send_replace(true);
     while ports.join_next().await.is_some() {}
     drop((api, claims)); // removes the sockets
-    tracing::info!("ended: every frame that was taken is where it belongs");
+    tracing::info!("ended");
     Ok(())
 }
 
@@ -140,6 +141,7 @@ impl Means {
         for (number, port) in vm.ports.iter().enumerate() {
             let (tap, mtu) = open_tap(port, self.taps.remove(port.tap.as_str()))?;
             let brief = Brief {
+                monitor: std::process::id(),
                 vm: vm.name.clone(),
                 label: label.get(),
                 port: number,
@@ -173,8 +175,11 @@ fn open_tap(port: &config::Port, handed_in: Option<OwnedFd>) -> anyhow::Result<(
     Ok((tap, link::configure(&wanted)?.mtu))
 }
 
-/// The API's sockets and tasks; both end when it is dropped.
-struct Api {
+/// The API's sockets: changes, and statistics.
+struct Api([listen::Bound; 2]);
+
+/// The API's tasks and the right to its sockets: both end when it is dropped.
+struct ServedApi {
     #[expect(dead_code, reason = "held")]
     tasks: JoinSet<Infallible>,
     #[expect(dead_code, reason = "held")]
@@ -182,17 +187,19 @@ struct Api {
 }
 
 impl Api {
-    fn start(config: &Config, host: &Rc<Host>) -> anyhow::Result<Self> {
-        let (commands, mut received) = mpsc::channel(COMMANDS);
+    fn bind(config: &Config) -> anyhow::Result<Self> {
         let daemon = &config.daemon;
         let stats = Access { mode: STATS_MODE, uid: None, gid: daemon.stats_group };
-        let sockets = [
-            (&daemon.control, Access::mode(CONTROL_MODE), api::control_router(commands.clone())),
-            (&daemon.stats, stats, api::stats_router(commands)),
-        ];
+        let control = listen::bind_unix(&daemon.control, &Access::mode(CONTROL_MODE))?;
+        Ok(Self([control, listen::bind_unix(&daemon.stats, &stats)?]))
+    }
+
+    fn serve(self, host: &Rc<Host>) -> anyhow::Result<ServedApi> {
+        let (commands, mut received) = mpsc::channel(COMMANDS);
+        let routers = [api::control_router(commands.clone()), api::stats_router(commands)];
         let (mut tasks, mut claims) = (JoinSet::new(), Vec::new());
-        for (path, access, router) in sockets {
-            let (listener, claim) = listen::bind_unix(path, &access)?.into_tokio()?;
+        for (bound, router) in self.0.into_iter().zip(routers) {
+            let (listener, claim) = bound.into_tokio()?;
             claims.push(claim);
             tasks.spawn_local(api::serve_unix(listener, router, api::Limits::default()));
         }
@@ -202,7 +209,7 @@ impl Api {
                 Rc::clone(&host).obey(command);
             }
         });
-        Ok(Self { tasks, claims })
+        Ok(ServedApi { tasks, claims })
     }
 }
 
