@@ -111,6 +111,8 @@ impl Wire {
         let length = match rustix::io::read(&self.socket, &mut bytes[..]) {
             Ok(length) => length,
             Err(rustix::io::Errno::AGAIN) => return None,
+            // Said once when the tap goes; what it had brought is still to be read.
+            Err(rustix::io::Errno::NETDOWN) => return self.try_receive(),
             Err(e) => panic!("a frame from the guest: {e}"),
         };
         bytes.truncate(length);
