@@ -216,7 +216,7 @@ impl Gate {
             return Err(format!("{} bytes instead of {expected}", body.len()));
         }
         let (index, value) = (u32_at(body, 0), u32_at(body, 4));
-        let known = !self.regions.is_empty();
+        let reachable = code != request::SET_VRING_ADDR || self.are_ring_addresses(body);
         let ring = self.ring(index.into())?;
         match code {
             request::SET_VRING_NUM if ring.started => {
@@ -227,12 +227,23 @@ impl Gate {
                     "{value} is no queue size: it must be a power of two up to {QUEUE_SIZE_MAX}"
                 ));
             }
-            request::SET_VRING_ADDR if !known => return Err("addresses before memory".into()),
+            request::SET_VRING_ADDR if !reachable => {
+                return Err("ring addresses outside the shared memory, or not aligned".into());
+            }
             request::SET_VRING_ENABLE if value > 1 => return Err(format!("{value} is neither 0 nor 1")),
             request::GET_VRING_BASE => ring.started = false,
             _ => {}
         }
         Ok(Step::Ask(ask(code, body.to_vec())))
+    }
+
+    /// Descriptor table, used ring and available ring of a `struct vhost_vring_addr` begin in shared memory,
+    /// aligned as virtio asks (virtio 1.2, 2.7).
+    fn are_ring_addresses(&self, body: &[u8]) -> bool {
+        let areas = [(8, 16), (16, 4), (24, 2)];
+        areas.into_iter().all(|(at, align)| {
+            self.regions.guest_address(u64_at(body, at)).is_some_and(|guest| guest.is_multiple_of(align))
+        })
     }
 
     fn ring_file(&mut self, code: u32, body: &[u8], files: Vec<OwnedFd>) -> Result<Step, String> {
@@ -305,4 +316,133 @@ fn number(value: u64) -> Step {
 
 fn u64_of(body: &[u8]) -> Result<u64, String> {
     if body.len() == 8 { Ok(u64_at(body, 0)) } else { Err(format!("{} bytes instead of 8", body.len())) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::OwnedFd;
+
+    use rustix::{
+        event::{EventfdFlags, eventfd},
+        fs::{MemfdFlags, ftruncate, memfd_create},
+    };
+
+    use super::*;
+    use crate::features::protocol;
+
+    const USER: u64 = 1 << 40;
+    const SIZE: u64 = 0x10_0000;
+
+    fn gate() -> Gate {
+        let brief = Brief {
+            monitor: 1,
+            vm: "web1".into(),
+            label: 1,
+            port: 0,
+            uid: 1,
+            queue_pairs: 1,
+            mtu: 1500,
+            mac: Some([2, 0, 0, 0, 0, 7]),
+            control_queue: true,
+        };
+        Gate::new(brief, Descriptors::open().unwrap())
+    }
+
+    fn say(gate: &mut Gate, request: u32, body: Vec<u8>, files: Vec<OwnedFd>) -> Result<Step, Forbidden> {
+        gate.look(Message { request, flags: 1, body, files })
+    }
+
+    fn number(gate: &mut Gate, request: u32, value: u64) -> Result<Step, Forbidden> {
+        say(gate, request, value.to_ne_bytes().to_vec(), Vec::new())
+    }
+
+    fn share_memory(gate: &mut Gate) {
+        let file = memfd_create("m", MemfdFlags::CLOEXEC).unwrap();
+        ftruncate(&file, SIZE).unwrap();
+        let region = [0, SIZE, USER, 0].map(u64::to_ne_bytes).concat();
+        let body = [&1_u32.to_ne_bytes()[..], &[0; 4], &region].concat();
+        assert!(matches!(say(gate, request::SET_MEM_TABLE, body, vec![file]), Ok(Step::Ask(_))));
+    }
+
+    fn addresses(gate: &mut Gate, areas: [u64; 3]) -> Result<Step, Forbidden> {
+        let areas = areas.map(|at| (USER + at).to_ne_bytes()).concat();
+        say(gate, request::SET_VRING_ADDR, [&[0; 8], &areas[..], &[0; 8]].concat(), Vec::new())
+    }
+
+    #[test]
+    fn features_that_were_never_offered_are_forbidden_and_bit_30_always_reaches_the_worker() {
+        let mut gate = gate();
+        assert!(number(&mut gate, request::SET_FEATURES, 1 << 34).is_err());
+        assert!(number(&mut gate, request::SET_PROTOCOL_FEATURES, protocol::OFFERED | 1 << 1).is_err());
+        let step = number(&mut gate, request::SET_FEATURES, features::VERSION_1).unwrap();
+        let Step::AskAll(requests) = step else { panic!("{step:?}") };
+        assert_eq!(u64_at(&requests[0].body, 0), features::VERSION_1 | features::PROTOCOL_FEATURES);
+        let enabled = requests.iter().filter(|r| r.code == request::SET_VRING_ENABLE).count();
+        assert_eq!(enabled, 2, "without protocol features rings are enabled from the start");
+    }
+
+    #[test]
+    fn rings_may_be_enabled_before_features_are_set() {
+        let mut gate = gate();
+        let body = state(0, 1);
+        assert!(matches!(say(&mut gate, request::SET_VRING_ENABLE, body, Vec::new()), Ok(Step::Ask(_))));
+        assert!(say(&mut gate, request::SET_VRING_ENABLE, state(2, 1), Vec::new()).is_err(), "no such ring");
+        assert!(say(&mut gate, request::SET_VRING_ENABLE, state(0, 2), Vec::new()).is_err());
+    }
+
+    #[test]
+    fn ring_addresses_lie_in_shared_memory_and_are_aligned() {
+        let mut gate = gate();
+        assert!(addresses(&mut gate, [0x1000, 0x3000, 0x2000]).is_err(), "before memory");
+        share_memory(&mut gate);
+        assert!(addresses(&mut gate, [0x1000, 0x3000, 0x2000]).is_ok());
+        for wrong in
+            [[0x1008, 0x3000, 0x2000], [0x1000, 0x3002, 0x2000], [0x1000, 0x3000, 0x2001], [SIZE, 0, 0]]
+        {
+            assert!(addresses(&mut gate, wrong).is_err(), "{wrong:x?}");
+        }
+    }
+
+    #[test]
+    fn only_eventfds_are_kicks_and_calls_and_a_running_ring_keeps_its_size() {
+        let mut gate = gate();
+        let event = || eventfd(0, EventfdFlags::empty()).unwrap();
+        let (pipe, _end) = rustix::pipe::pipe().unwrap();
+        let ring = 0_u64.to_ne_bytes().to_vec();
+        assert!(say(&mut gate, request::SET_VRING_CALL, ring.clone(), vec![pipe]).is_err());
+        assert!(number(&mut gate, request::SET_VRING_KICK, NO_DESCRIPTOR).is_err(), "polling");
+        assert!(number(&mut gate, request::SET_VRING_CALL, 0).is_err(), "the flag and the files disagree");
+        assert!(number(&mut gate, request::SET_VRING_CALL, NO_DESCRIPTOR).is_ok());
+        for (size, fine) in [(256, true), (0, false), (3, false), (65_536, false), (32_768, true)] {
+            let step = say(&mut gate, request::SET_VRING_NUM, state(0, size), Vec::new());
+            assert_eq!(step.is_ok(), fine, "{size}");
+        }
+        assert!(say(&mut gate, request::SET_VRING_KICK, ring, vec![event()]).is_ok());
+        assert_eq!(gate.started().collect::<Vec<_>>(), [0]);
+        assert!(say(&mut gate, request::SET_VRING_NUM, state(0, 256), Vec::new()).is_err());
+        assert!(say(&mut gate, request::GET_VRING_BASE, state(0, 0), Vec::new()).is_ok());
+        assert_eq!(gate.started().count(), 0);
+    }
+
+    #[test]
+    fn the_configuration_space_is_virtio_nets() {
+        let mut gate = gate();
+        let ask = |offset: u32, size: u32| [offset, size, 0].map(u32::to_ne_bytes).concat();
+        let body = [ask(0, 12), vec![0; 12]].concat();
+        let step = say(&mut gate, request::GET_CONFIG, body, Vec::new()).unwrap();
+        let Step::Answer(answer) = step else { panic!("{step:?}") };
+        assert_eq!(answer[12..], [2, 0, 0, 0, 0, 7, 1, 0, 1, 0, 0xdc, 0x05]);
+        assert!(say(&mut gate, request::GET_CONFIG, ask(250, 12), Vec::new()).is_err());
+        assert!(say(&mut gate, request::GET_CONFIG, ask(u32::MAX, 2), Vec::new()).is_err());
+    }
+
+    #[test]
+    fn what_nobody_offered_is_answered_with_no() {
+        let mut gate = gate();
+        for unknown in [6, 7, 21, 31, 99] {
+            assert!(matches!(number(&mut gate, unknown, 0), Ok(Step::Acknowledge(false))), "{unknown}");
+        }
+        assert!(matches!(number(&mut gate, request::NET_SET_MTU, 1500), Ok(Step::Acknowledge(true))));
+        assert!(matches!(number(&mut gate, request::NET_SET_MTU, 9000), Ok(Step::Acknowledge(false))));
+    }
 }

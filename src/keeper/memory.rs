@@ -136,10 +136,14 @@ impl Regions {
         self.0.iter().any(|(known, _)| known == region)
     }
 
-    /// True before the front end has shared any memory.
+    /// The guest address of one of the front end's, if a ring can begin there: with room for its indices.
     #[must_use]
-    pub const fn is_empty(&self) -> bool {
-        self.0.is_empty()
+    pub fn guest_address(&self, user: u64) -> Option<u64> {
+        const INDICES: u64 = 4;
+        self.0.iter().find_map(|(region, _)| {
+            let offset = user.checked_sub(region.user)?;
+            (offset.checked_add(INDICES)? <= region.size).then(|| region.guest + offset)
+        })
     }
 
     fn insert(&mut self, region: Region, file: OwnedFd) -> Result<(), String> {
@@ -222,6 +226,9 @@ mod tests {
         regions.add(region(0, 0x1000), file(0x1000)).unwrap();
         assert!(regions.contains(&Region::from_single(&region(0, 0x1000).to_single()).unwrap()));
         assert!(!regions.remove(&region(0x1000, 0x1000)));
-        assert!(regions.remove(&region(0, 0x1000)) && regions.is_empty());
+        assert_eq!(regions.guest_address((1 << 40) + 0x10), Some(0x10));
+        assert_eq!(regions.guest_address((1 << 40) + 0xffd), None);
+        assert!(regions.remove(&region(0, 0x1000)));
+        assert_eq!(regions.guest_address((1 << 40) + 0x10), None);
     }
 }

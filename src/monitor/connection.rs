@@ -35,6 +35,8 @@ pub struct Connection<'p> {
     policy: watch::Receiver<Policy>,
     /// The worker has asked for its policy.
     ready: bool,
+    /// The worker has closed its end, or sent what it must not.
+    worker_gone: bool,
     /// A front end that came meanwhile, and when it is refused.
     second: Option<(FrontEnd, Instant)>,
     /// When the keeper, asked to end, is killed.
@@ -45,6 +47,7 @@ pub struct Connection<'p> {
 enum Event {
     KeeperEnded(ExitStatus),
     Packet(Packet),
+    WorkerGone,
     PolicyChanged,
     SecondCame(FrontEnd),
     SecondExpired,
@@ -68,7 +71,16 @@ impl<'p> Connection<'p> {
         let keeper = KeeperProcess::start(&port.brief, inherited)?;
         port.acknowledged.send_replace(Acknowledged::Nothing);
         let (policies, policy) = (PolicySocket::new(ours)?, port.policy.subscribe());
-        Ok(Self { port, keeper, policies, policy, ready: false, second: None, deadline: None })
+        Ok(Self {
+            port,
+            keeper,
+            policies,
+            policy,
+            ready: false,
+            worker_gone: false,
+            second: None,
+            deadline: None,
+        })
     }
 
     /// Serves it to its end; gives a front end that came meanwhile.
@@ -80,6 +92,11 @@ impl<'p> Connection<'p> {
             match self.next(&mut stop).await? {
                 Event::KeeperEnded(status) => break status,
                 Event::Packet(packet) => self.answer(packet),
+                // The worker is gone, or not to be understood: its keeper follows, or is made to.
+                Event::WorkerGone => {
+                    self.worker_gone = true;
+                    self.deadline = Some(Instant::now() + END_DEADLINE);
+                }
                 Event::PolicyChanged => self.hand_over(),
                 Event::SecondCame(another) => self.second = Some((another, Instant::now() + SECOND_WAITS)),
                 Event::SecondExpired => {
@@ -100,7 +117,7 @@ impl<'p> Connection<'p> {
         self.port.keeper_ended(status);
         // A successor starts only after keeper and worker are gone.
         while let Ok(Some(_)) = self.policies.receive().await {}
-        self.keeper.reap_worker();
+        self.keeper.reap_worker().await;
         self.port.acknowledged.send_replace(Acknowledged::NoWorker);
         Ok(self.second.map(|(front_end, _)| front_end))
     }
@@ -110,10 +127,9 @@ impl<'p> Connection<'p> {
         let second_expires = self.second.as_ref().map(|(_, at)| *at);
         Ok(tokio::select! {
             status = self.keeper.ended() => Event::KeeperEnded(status?),
-            packet = self.policies.receive() => match packet {
+            packet = self.policies.receive(), if !self.worker_gone => match packet {
                 Ok(Some(packet)) => Event::Packet(packet),
-                // The worker is gone; its keeper follows.
-                Ok(None) | Err(_) => Event::KeeperEnded(self.keeper.ended().await?),
+                Ok(None) | Err(_) => Event::WorkerGone,
             },
             Ok(()) = self.policy.changed(), if self.ready => Event::PolicyChanged,
             another = self.port.another(), if may_wait => Event::SecondCame(another),
@@ -140,6 +156,14 @@ impl<'p> Connection<'p> {
 
     fn hand_over(&mut self) {
         let policy = *self.policy.borrow_and_update();
+        // From now on frames may pass, under this policy or a later one.
+        self.port.acknowledged.send_if_modified(|acknowledged| {
+            let first = *acknowledged == Acknowledged::Nothing;
+            if first {
+                *acknowledged = Acknowledged::Generation(policy.generation);
+            }
+            first
+        });
         if let Err(e) = self.policies.send(&policy) {
             tracing::error!(vm = self.port.brief.vm, "cannot hand over the policy: {e}");
         }

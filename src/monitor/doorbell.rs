@@ -2,7 +2,6 @@
 
 use std::{os::fd::OwnedFd, path::PathBuf, time::Duration};
 
-use rustix::net::sockopt::socket_peercred;
 use tokio::net::{UnixListener, UnixStream};
 
 /// How long to wait between two tries to reach a front end that listens: first, and at most.
@@ -22,8 +21,8 @@ pub enum Doorbell {
 pub struct FrontEnd {
     /// Its connection.
     pub connection: OwnedFd,
-    /// Its process, for the log.
-    pub pid: i32,
+    /// Its process, for the log; none where it is in a process namespace that we cannot see into.
+    pub pid: Option<i32>,
     /// Its user.
     pub uid: u32,
 }
@@ -90,10 +89,10 @@ async fn connect(path: &PathBuf) -> UnixStream {
 }
 
 fn identify(stream: UnixStream) -> std::io::Result<FrontEnd> {
-    let credentials = socket_peercred(&stream)?;
+    let peer = stream.peer_cred()?;
     let connection = OwnedFd::from(stream.into_std()?);
     // The keeper's reads say themselves that they do not wait; its writes have a deadline.
     let flags = rustix::fs::fcntl_getfl(&connection)?;
     rustix::fs::fcntl_setfl(&connection, flags - rustix::fs::OFlags::NONBLOCK)?;
-    Ok(FrontEnd { connection, pid: credentials.pid.as_raw_nonzero().get(), uid: credentials.uid.as_raw() })
+    Ok(FrontEnd { connection, pid: peer.pid(), uid: peer.uid() })
 }

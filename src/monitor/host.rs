@@ -108,15 +108,20 @@ impl Vm {
         let tagged = self.tag.borrow().is_some();
         let policy = Policy { generation: old.generation + 1, tagged, ..old };
         self.policy.set(policy);
+        for port in &self.ports {
+            port.announce(policy);
+        }
+        let mut silent = Vec::new();
         for (port, config) in self.ports.iter().zip(&self.config.ports) {
-            if !port.enforce(policy, PATIENCE).await {
-                let tap = config.tap.as_str();
-                return Err(CommandError::NotApplied(format!(
-                    "the worker of tap {tap} did not acknowledge it"
-                )));
+            if !port.enforced(policy.generation, PATIENCE).await {
+                silent.push(config.tap.as_str());
             }
         }
-        Ok(())
+        if silent.is_empty() {
+            return Ok(());
+        }
+        let taps = silent.join(", ");
+        Err(CommandError::NotApplied(format!("the worker of tap {taps} did not acknowledge it")))
     }
 
     fn tag(&self) -> Option<document::Tag> {

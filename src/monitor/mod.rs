@@ -16,12 +16,12 @@ pub mod ports;
 pub mod registry;
 pub mod spawn;
 
-use std::{collections::HashMap, convert::Infallible, os::fd::OwnedFd, rc::Rc};
+use std::{collections::HashMap, convert::Infallible, os::fd::OwnedFd, rc::Rc, time::Duration};
 
 use anyhow::Context;
 use rustix::process::{Resource, Rlimit, getrlimit, set_child_subreaper, setrlimit};
 use tokio::{
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
     sync::{mpsc, watch},
     task::{JoinSet, LocalSet},
 };
@@ -47,6 +47,8 @@ const UID_BASE: u32 = 0x7000_0000;
 const UID_COUNT: u32 = 0x0fff_fffe;
 /// Commands of the API that may wait.
 const COMMANDS: usize = 64;
+/// How long the ports may take to end: more than each of them gives its keeper.
+const END_DEADLINE: Duration = Duration::from_secs(10);
 /// Mode of a VM's socket directory.
 const SOCKET_DIRECTORY: u32 = 0o710;
 /// Mode of the control socket: whoever may write to it may change things.
@@ -87,11 +89,15 @@ async fn serve(config: &Config) -> anyhow::Result<()> {
         ports.spawn_local(async move { port.serve(stopped).await });
     }
     let api = api.serve(&host)?;
+    let end = TheEnd::watch()?;
     announce(config);
-    wait_for_the_end().await?;
+    end.comes().await;
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     stop.send_replace(true);
-    while ports.join_next().await.is_some() {}
+    let all = async { while ports.join_next().await.is_some() {} };
+    if tokio::time::timeout(END_DEADLINE, all).await.is_err() {
+        tracing::error!("some ports did not end within {END_DEADLINE:?}: left behind");
+    }
     drop((api, claims)); // removes the sockets
     tracing::info!("ended");
     Ok(())
@@ -221,12 +227,19 @@ fn announce(config: &Config) {
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
 }
 
-async fn wait_for_the_end() -> std::io::Result<()> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+/// The signals that ask for an end.
+struct TheEnd([Signal; 2]);
+
+impl TheEnd {
+    fn watch() -> std::io::Result<Self> {
+        Ok(Self([signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?]))
     }
-    Ok(())
+
+    async fn comes(self) {
+        let Self([mut terminate, mut interrupt]) = self;
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    }
 }

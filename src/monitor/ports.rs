@@ -56,7 +56,7 @@ pub enum Acknowledged {
     NoWorker,
     /// There is one, without a policy yet: it passes nothing.
     Nothing,
-    /// It has this generation.
+    /// It passes nothing under an older policy than this generation.
     Generation(u64),
 }
 
@@ -177,12 +177,16 @@ impl Port {
         tracing::warn!(vm = self.brief.vm, "a second front end was refused: {why}");
     }
 
-    /// Puts another policy in force; waits until no frame passes under an older one. False if the worker did
-    /// not say so in time.
-    pub async fn enforce(&self, policy: Policy, patience: Duration) -> bool {
+    /// Another policy is to be in force: the worker of now, and each one after it, gets it.
+    pub fn announce(&self, policy: Policy) {
         self.policy.send_replace(policy);
+    }
+
+    /// Waits until no frame passes under a policy older than this generation. False if the worker did not say
+    /// so in time.
+    pub async fn enforced(&self, generation: u64, patience: Duration) -> bool {
         let mut acknowledged = self.acknowledged.subscribe();
-        let covered = acknowledged.wait_for(|a| a.covers(policy.generation));
+        let covered = acknowledged.wait_for(|a| a.covers(generation));
         matches!(tokio::time::timeout(patience, covered).await, Ok(Ok(_)))
     }
 

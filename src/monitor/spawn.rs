@@ -8,6 +8,7 @@ use std::{
         unix::process::CommandExt,
     },
     process::{Child, Command, ExitStatus, Stdio},
+    time::Duration,
 };
 
 use command_fds::{CommandFdExt, FdMapping};
@@ -17,6 +18,9 @@ use rustix::process::{
 use tokio::io::{Interest, unix::AsyncFd};
 
 use crate::keeper::{brief::Brief, process::Inherited};
+
+/// Between two looks whether a worker that has ended can be waited for.
+const REAP_PAUSE: Duration = Duration::from_millis(1);
 
 /// A keeper that was started and not yet waited for.
 #[derive(Debug)]
@@ -79,9 +83,23 @@ impl KeeperProcess {
 
     /// Waits for what it leaves behind: a worker whose keeper is dead is our child (we are subreaper), has
     /// been killed, and has closed its descriptors already when this is called.
-    pub fn reap_worker(&self) {
+    pub async fn reap_worker(&self) {
         let group = WaitId::Pgid(Some(Pid::from_child(&self.child)));
-        while let Ok(Some(_)) = waitid(group.clone(), WaitIdOptions::EXITED) {}
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+        // It closes its descriptors a moment before it can be waited for.
+        while waitid(group.clone(), options).is_ok() {
+            tokio::time::sleep(REAP_PAUSE).await;
+        }
+    }
+}
+
+/// A keeper never outlives what watches it.
+impl Drop for KeeperProcess {
+    fn drop(&mut self) {
+        if !matches!(self.child.try_wait(), Ok(Some(_))) {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use super::{
     forward::{Fate, Outcome},
     place::TapFrame,
 };
-use crate::ledger::Totals;
+use crate::ledger::{DropReason, Totals, Volume};
 
 /// A receipt: proof that a frame was counted, and the right to give its chains back.
 #[derive(Debug)]
@@ -28,12 +28,24 @@ pub fn transmitted(totals: &mut Totals, outcome: Outcome<Chain>) -> Recorded<Cha
     record(totals, outcome)
 }
 
-/// Counts a frame that was read from the tap: from now on it is in flight.
-pub const fn read(totals: &mut Totals, bytes: u64) {
+/// Counts a frame that was read from the tap: from now on it is in flight. `bytes`: what the tap counts, or
+/// nothing if the kernel could not hand the frame over.
+pub fn read(totals: &mut Totals, bytes: Option<u64>) {
     totals.chains = totals.chains.wrapping_add(1);
     totals.in_flight = totals.in_flight.wrapping_add(1);
-    totals.tap_operations = totals.tap_operations.wrapping_add(1);
-    totals.tap_bytes = totals.tap_bytes.wrapping_add(bytes);
+    if let Some(bytes) = bytes {
+        totals.tap_operations = totals.tap_operations.wrapping_add(1);
+        totals.tap_bytes = totals.tap_bytes.wrapping_add(bytes);
+    }
+}
+
+/// Counts frames of which nothing more is known than that a worker died while it held them.
+pub fn lost(totals: &mut Totals, frames: u64) {
+    totals.normal.add(Volume { frames, packets: frames, ..Volume::default() });
+    totals.dropped_packets = totals.dropped_packets.wrapping_add(frames);
+    if let Some(counter) = totals.dropped.get_mut(DropReason::Restart.index()) {
+        *counter = counter.wrapping_add(frames);
+    }
 }
 
 /// Counts what became of a frame that was read from the tap.

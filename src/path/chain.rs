@@ -78,6 +78,8 @@ pub struct Walked {
     pub bytes: Result<u32, Malformed>,
     /// How many entries of the queue's own table it takes up.
     pub table_entries: u16,
+    /// How many descriptors it has, those of an indirect table included.
+    pub descriptors: usize,
 }
 
 impl<'m> OpenRing<'_, 'm> {
@@ -89,7 +91,8 @@ impl<'m> OpenRing<'_, 'm> {
         let Some(head) = self.take_head()? else { return Ok(None) };
         let mut walk = Walk { purpose, bytes: 0, descriptors: 0, table_entries: 0 };
         let bytes = walk.run(self, head, pieces);
-        Ok(Some(Walked { head, bytes, table_entries: walk.table_entries }))
+        let Walk { table_entries, descriptors, .. } = walk;
+        Ok(Some(Walked { head, bytes, table_entries, descriptors }))
     }
 }
 

@@ -34,12 +34,13 @@ impl Tap {
         Self(fd)
     }
 
-    /// Reads one frame with its header. `None`: there is none now.
-    pub(super) fn read(&self, into: &mut [u8]) -> Result<Option<usize>, DropReason> {
+    /// Reads one frame with its header. `None`: there is none now, or the tap is gone.
+    pub(super) fn read(&self, into: &mut [u8]) -> Option<Result<usize, Unreadable>> {
         match rustix::io::read(&self.0, into) {
-            Ok(n) => Ok(Some(n)),
-            Err(Errno::AGAIN | Errno::INTR) => Ok(None),
-            Err(_) => Err(DropReason::TapDown),
+            Ok(n) => Some(Ok(n)),
+            // The kernel took a frame from the tap's queue whose offloads it cannot express.
+            Err(Errno::INVAL) => Some(Err(Unreadable)),
+            Err(_) => None,
         }
     }
 
@@ -64,6 +65,10 @@ impl Tap {
             .map_err(|_| Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO))
     }
 }
+
+/// A frame that the kernel could not hand over.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Unreadable;
 
 impl AsFd for Tap {
     fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {

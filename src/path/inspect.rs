@@ -75,7 +75,9 @@ pub fn received(
     link: &Link,
 ) -> Inspected<TapFrame> {
     let len = buffer.len();
-    let findings = if len < ETHERNET_HEADER {
+    let findings = if !buffer.is_readable() {
+        Findings::plain(0, Some(DropReason::TapRefused))
+    } else if len < ETHERNET_HEADER {
         Findings::plain(len, Some(DropReason::Runt))
     } else {
         let headers = Headers::parse(buffer.prefix(), len);

@@ -21,6 +21,8 @@ use crate::{
 const FRAME_MAX: usize = 65_535 + 14 + 2 * 4;
 /// Most buffers that one frame may be spread over.
 const BUFFERS_MAX: usize = 1024;
+/// Descriptors that are looked at for one frame: buffers of no length hold nothing, and cost time.
+const FRAME_DESCRIPTORS_MAX: usize = 1024;
 /// The longest start of a frame that is looked at, in bytes.
 const PREFIX: usize = 256;
 
@@ -36,6 +38,7 @@ pub struct ReceiveBuffer {
     bytes: Box<[u8]>,
     /// L: the frame's length without the header.
     len: usize,
+    is_readable: bool,
     heads: Box<ArrayVec<(u16, u32), BUFFERS_MAX>>,
 }
 
@@ -43,17 +46,28 @@ impl Default for ReceiveBuffer {
     fn default() -> Self {
         // One byte more than the longest frame, so that a longer one is noticed and not cut.
         let bytes = vec![0; HEADER_LEN + FRAME_MAX + 1].into_boxed_slice();
-        Self { bytes, len: 0, heads: Box::default() }
+        Self { bytes, len: 0, is_readable: true, heads: Box::default() }
     }
 }
 
 impl ReceiveBuffer {
     /// Reads the next frame from the tap. `None`: there is none now.
     pub(super) fn read(&mut self, tap: &Tap) -> Option<TapFrame> {
-        let bytes = tap.read(&mut self.bytes).ok()??;
-        self.len = bytes.saturating_sub(HEADER_LEN);
+        let read = tap.read(&mut self.bytes)?;
+        self.is_readable = read.is_ok();
+        self.len = read.map_or(0, |bytes| bytes.saturating_sub(HEADER_LEN));
         self.heads.clear();
         Some(TapFrame(()))
+    }
+
+    /// False if the kernel could not hand the frame over: of it there is nothing.
+    pub(super) const fn is_readable(&self) -> bool {
+        self.is_readable
+    }
+
+    /// What the tap counts for the frame: its bytes; nothing if it was not handed over.
+    pub(super) fn tap_bytes(&self) -> Option<u64> {
+        self.is_readable.then_some(self.len as u64)
     }
 
     /// L in bytes.
@@ -153,12 +167,15 @@ fn collect<'m>(
     ring: &mut OpenRing<'_, 'm>,
     mergeable: bool,
 ) -> Result<(), Unusable> {
-    let (mut room, mut entries) = (0_usize, 0_usize);
+    let (mut room, mut entries, mut descriptors) = (0_usize, 0_usize, 0_usize);
     loop {
-        let space = pieces.remaining_capacity() >= 2 * DESCRIPTORS_MAX && !heads.is_full();
+        let space = pieces.remaining_capacity() >= 2 * DESCRIPTORS_MAX
+            && descriptors < FRAME_DESCRIPTORS_MAX
+            && !heads.is_full();
         let taken = if space { ring.take(Purpose::Receive, pieces) } else { Ok(None) };
         let unusable = match taken {
-            Ok(Some(Walked { head, bytes: Ok(n), table_entries })) => {
+            Ok(Some(Walked { head, bytes: Ok(n), table_entries, descriptors: more })) => {
+                descriptors = descriptors.saturating_add(more);
                 heads.push((head, n));
                 room = room.saturating_add(usize::try_from(n).unwrap_or(usize::MAX));
                 entries = entries.saturating_add(usize::from(table_entries));

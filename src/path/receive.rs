@@ -39,9 +39,14 @@ enum End {
 }
 
 impl Receive {
-    /// Counts in this account.
+    /// Counts in this account. A frame that was in flight when the worker before us died is lost.
     #[must_use]
-    pub fn new(account: Account) -> Self {
+    pub fn new(mut account: Account) -> Self {
+        let lost = std::mem::take(&mut account.totals().in_flight);
+        if lost > 0 {
+            account::lost(account.totals(), lost);
+            let _nothing_to_publish = account.commit();
+        }
         Self { buffer: ReceiveBuffer::default(), held: None, account }
     }
 
@@ -97,7 +102,9 @@ impl Receive {
     /// The frame that waits, or the next one from the tap.
     fn next(&mut self, ring: &mut OpenRing<'_, '_>, port: &Port<'_>) -> Result<Judged<TapFrame>, End> {
         if let Some(held) = self.held.take() {
-            return Ok(held);
+            // The policy may have changed while it waited.
+            let (frame, ..) = held.into_parts();
+            return Ok(self.consider(frame, port));
         }
         match ring.has_next() {
             Ok(true) => {}
@@ -105,9 +112,13 @@ impl Receive {
             Err(fault) => return Err(End::Fault(fault)),
         }
         let frame = self.buffer.read(port.tap).ok_or(End::TapEmpty)?;
-        account::read(self.account.totals(), self.buffer.len() as u64);
+        account::read(self.account.totals(), self.buffer.tap_bytes());
+        Ok(self.consider(frame, port))
+    }
+
+    fn consider(&mut self, frame: TapFrame, port: &Port<'_>) -> Judged<TapFrame> {
         let inspected = inspect::received(label::attach(frame, port.policy), &mut self.buffer, &port.link);
-        Ok(judge(inspected, port.policy))
+        judge(inspected, port.policy)
     }
 
     /// The ring stops: a frame that still waits is at its end.

@@ -495,3 +495,48 @@ fn a_frame_that_waits_when_the_ring_stops_is_counted() {
     let got = rig.got();
     assert_eq!((got.chains, got.in_flight, dropped(&got, DropReason::RingDisabled)), (1, 0, 1));
 }
+
+#[test]
+fn a_frame_that_waited_is_judged_by_the_policy_of_when_it_goes_on() {
+    let mut rig = rig();
+    rig.far_end.send(&with_header(&frame(250))).unwrap();
+    rig.post(0, 100);
+    let _ = rig.receive();
+    rig.policy.tagged = true;
+    rig.policy.suspect_action = SuspectAction::Drop;
+    rig.post(1, 200);
+    let _ = rig.receive();
+    let got = rig.got();
+    assert_eq!((got.suspect.frames, got.normal.frames, got.passed.frames), (1, 0, 0));
+    assert_eq!(dropped(&got, DropReason::SuspectPolicy), 1);
+}
+
+#[test]
+fn a_frame_that_a_dead_worker_held_is_counted_as_lost_by_its_successor() {
+    let mut rig = rig();
+    rig.far_end.send(&with_header(&frame(250))).unwrap();
+    rig.post(0, 100);
+    let _ = rig.receive();
+    assert_eq!(rig.got().in_flight, 1);
+    rig.receive = Receive::new(Account::resume(&rig.ledger, Part::receive(0)));
+    let got = rig.got();
+    assert_eq!((got.chains, got.in_flight, dropped(&got, DropReason::Restart)), (1, 0, 1));
+}
+
+#[test]
+fn buffers_of_no_length_cannot_make_one_frame_cost_much() {
+    let mut rig = rig();
+    rig.far_end.send(&with_header(&frame(60))).unwrap();
+    // Every chain: a table of 255 empty buffers.
+    let table = BUFFERS + 0x8000;
+    for n in 0..255 {
+        rig.descriptor(table, n, (BUFFERS, 0, if n < 254 { WRITE | NEXT } else { WRITE }, n + 1));
+    }
+    for n in 0..SIZE {
+        rig.descriptor(TABLE, n, (table, 255 * 16, INDIRECT, 0));
+        rig.make_available(n);
+    }
+    let _ = rig.receive();
+    assert_eq!(dropped(&rig.got(), DropReason::BuffersTooSmall), 1);
+    assert_eq!(rig.used_index(), 0, "the buffers stay with us");
+}

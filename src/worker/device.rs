@@ -6,7 +6,7 @@ use std::{
     os::fd::{AsRawFd, OwnedFd},
     sync::{
         Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -84,6 +84,8 @@ pub struct Device {
     policies: OwnedFd,
     acked: AtomicU64,
     rings: OnceLock<Vec<Ring>>,
+    /// The control thread waits for the pair. (A mutex is not fair.)
+    control: AtomicUsize,
     pair: Mutex<Pair>,
 }
 
@@ -141,6 +143,7 @@ impl Device {
             policies,
             acked: AtomicU64::new(0),
             rings: OnceLock::new(),
+            control: AtomicUsize::new(0),
             pair: Mutex::new(Pair {
                 policy: None,
                 transmit: Transmit::new(account(Part::transmit(0))),
@@ -172,6 +175,14 @@ impl Device {
         self.pair().receive.stop(DropReason::RingDisabled);
     }
 
+    /// For the control thread: no turn runs while it holds this, and none comes before it.
+    fn quiet(&self) -> MutexGuard<'_, Pair> {
+        self.control.fetch_add(1, Ordering::AcqRel);
+        let pair = self.pair();
+        self.control.fetch_sub(1, Ordering::AcqRel);
+        pair
+    }
+
     fn pair(&self) -> MutexGuard<'_, Pair> {
         self.pair.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -185,7 +196,7 @@ impl Device {
                 vring.signal();
             }
             if let Some(fault) = turn.fault {
-                vring.mark_broken();
+                vring.signal_error();
                 if self.pair().may_say() {
                     tracing::warn!(
                         vm = self.brief.vm,
@@ -202,6 +213,10 @@ impl Device {
     }
 
     fn turn(&self, vring: &Ring, ring: usize) -> Turn {
+        vring.let_control_pass();
+        while self.control.load(Ordering::Acquire) > 0 {
+            std::thread::yield_now();
+        }
         let mut pair = self.pair();
         let Pair { policy, transmit, receive, tap_full, .. } = &mut *pair;
         let memory = self.memory.memory();
@@ -214,14 +229,18 @@ impl Device {
         let queue = state.get_queue_mut();
         vring.settle(queue, &memory);
         let port = path::Port { policy, link: self.link(), tap: &self.tap };
-        if ring == RECEIVE {
+        let turn = if ring == RECEIVE {
             let mergeable = self.acked.load(Ordering::Relaxed) & features::MRG_RXBUF != 0;
             receive.turn(queue, &memory, &port, mergeable)
         } else {
             let turn = transmit.turn(queue, &memory, &port);
             *tap_full = turn.tap_full;
             turn
+        };
+        if let Some(fault) = turn.fault {
+            vring.mark_broken(fault);
         }
+        turn
     }
 
     fn link(&self) -> Link {
@@ -240,7 +259,11 @@ impl Device {
             match handover::receive(&self.policies) {
                 Ok(Some((Packet::Policy(generation), Some(file)))) => {
                     let answer = self.swap_policy(generation, &file);
-                    handover::send(&self.policies, answer, None)?;
+                    // A monitor that does not read its answers will see that the generation is not covered.
+                    let sent = handover::send(&self.policies, answer, None);
+                    if let Err(gone @ (Errno::PIPE | Errno::CONNRESET)) = sent {
+                        return Err(gone);
+                    }
                 }
                 Ok(Some(_)) | Err(Errno::PROTO) => {}
                 // The monitor is gone: what was decided stays in force until the keeper ends us.
@@ -287,7 +310,7 @@ impl VhostUserBackend for Device {
     fn set_event_idx(&self, _enabled: bool) {} // the crate tells each queue
 
     fn acked_features(&self, acked: u64) {
-        let _no_turn_runs = self.pair();
+        let _no_turn_runs = self.quiet();
         if let Err(e) = tap::set_offloads(&self.tap, acked) {
             tracing::warn!("the tap's offloads could not be set: {e}");
         }
@@ -296,13 +319,17 @@ impl VhostUserBackend for Device {
 
     /// When this returns no turn uses the memory of before.
     fn update_memory(&self, _memory: SharedMemory) -> io::Result<()> {
-        drop(self.pair());
+        drop(self.quiet());
+        for ring in self.rings.get().into_iter().flatten() {
+            ring.memory_changed();
+        }
+        let _ = rustix::io::write(&self.again, &1_u64.to_ne_bytes());
         Ok(())
     }
 
     /// When this returns no turn runs on the ring, and none will.
     fn stop_vring(&self, index: u32) -> io::Result<()> {
-        let mut pair = self.pair();
+        let mut pair = self.quiet();
         if usize::try_from(index) == Ok(RECEIVE) {
             pair.receive.stop(DropReason::RingDisabled);
         }

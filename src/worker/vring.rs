@@ -15,7 +15,7 @@ use std::{
     os::fd::{AsRawFd, RawFd},
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering},
     },
 };
 
@@ -24,7 +24,7 @@ use vhost_user_backend::{VringMutex, VringStateGuard, VringStateMutGuard, VringT
 use virtio_queue::{Error as QueueError, QueueT};
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
 
-use crate::path::ring::Memory;
+use crate::path::ring::{Memory, QueueFault};
 
 /// Guest memory as the crates share it.
 pub type SharedMemory = GuestMemoryAtomic<Memory>;
@@ -33,6 +33,13 @@ thread_local! {
     /// Rings made by this thread and not yet collected: the crate makes them, and tells nobody.
     static MADE: RefCell<Vec<Ring>> = const { RefCell::new(Vec::new()) };
 }
+
+/// The ring is in order.
+const SOUND: u8 = 0;
+/// The guest broke it.
+const BROKEN: u8 = 1;
+/// It lies outside guest memory as it is now.
+const OUTSIDE: u8 = 2;
 
 /// One virtqueue.
 #[derive(Clone)]
@@ -51,8 +58,10 @@ struct Own {
     event_loop: OnceLock<(RawFd, u64)>,
     /// It became ready, and no batch has run since.
     fresh: AtomicBool,
-    /// The guest broke it: it rests until it is stopped and started again.
-    broken: AtomicBool,
+    /// [`SOUND`], or the guest broke it: it rests until it is stopped and started again.
+    broken: AtomicU8,
+    /// Operations of the control thread that are under way.
+    control: AtomicUsize,
 }
 
 impl std::fmt::Debug for Ring {
@@ -79,16 +88,43 @@ impl Ring {
         write_event(&self.own.call);
     }
 
-    /// The guest broke the ring: it rests, and the front end is told.
-    pub fn mark_broken(&self) {
-        self.own.broken.store(true, Ordering::Relaxed);
+    /// The guest broke the ring: it rests. To be called under the ring's lock.
+    pub fn mark_broken(&self, fault: QueueFault) {
+        let why = if fault == QueueFault::Outside { OUTSIDE } else { BROKEN };
+        self.own.broken.store(why, Ordering::Relaxed);
+    }
+
+    /// Tells the front end that the ring is broken.
+    pub fn signal_error(&self) {
         write_event(&self.own.error);
+    }
+
+    /// Memory has changed: a ring that was outside may be inside again (a region is changed by removing and
+    /// adding it).
+    pub fn memory_changed(&self) {
+        let _ = self.own.broken.compare_exchange(OUTSIDE, SOUND, Ordering::Relaxed, Ordering::Relaxed);
+    }
+
+    /// Waits until the control thread, if it wants the ring, has had it. A mutex is not fair: the queue's
+    /// thread would take it again and again, and a front end would wait for its answer.
+    pub fn let_control_pass(&self) {
+        while self.own.control.load(Ordering::Acquire) > 0 {
+            std::thread::yield_now();
+        }
+    }
+
+    /// The control thread changes something.
+    fn control<T>(&self, work: impl FnOnce(&VringMutex<SharedMemory>) -> T) -> T {
+        self.own.control.fetch_add(1, Ordering::AcqRel);
+        let done = work(&self.inner);
+        self.own.control.fetch_sub(1, Ordering::AcqRel);
+        done
     }
 
     /// True if the ring may be worked on.
     #[must_use]
     pub fn is_broken(&self) -> bool {
-        self.own.broken.load(Ordering::Relaxed)
+        self.own.broken.load(Ordering::Relaxed) != SOUND
     }
 
     /// Before the first batch of a ring that became ready: where it starts. The guest may have cleared the
@@ -136,13 +172,15 @@ impl VringT<SharedMemory> for Ring {
     }
 
     fn set_queue_ready(&self, ready: bool) {
-        let mut state = self.inner.get_mut();
-        if ready {
-            start_at_used_index(state.get_queue_mut(), &self.memory.memory());
-        }
-        self.own.fresh.store(ready, Ordering::Relaxed);
-        self.own.broken.store(false, Ordering::Relaxed);
-        state.get_queue_mut().set_ready(ready);
+        self.control(|inner| {
+            let mut state = inner.get_mut();
+            if ready {
+                start_at_used_index(state.get_queue_mut(), &self.memory.memory());
+            }
+            self.own.fresh.store(ready, Ordering::Relaxed);
+            self.own.broken.store(SOUND, Ordering::Relaxed);
+            state.get_queue_mut().set_ready(ready);
+        });
     }
 
     /// Where a ring starts is decided when it becomes ready.
@@ -160,8 +198,10 @@ impl VringT<SharedMemory> for Ring {
             let event = Event::new(Events::EPOLLIN, *token);
             let _ = epoll::ctl(*event_loop, ControlOptions::EPOLL_CTL_DEL, old, event);
             let _ = epoll::ctl(*event_loop, ControlOptions::EPOLL_CTL_ADD, new.as_raw_fd(), event);
+            // The old one may hold a kick that nobody has read.
+            let _ = rustix::io::write(new, &1_u64.to_ne_bytes());
         }
-        self.inner.set_kick(file);
+        self.control(|inner| inner.set_kick(file));
     }
 
     fn read_kick(&self) -> io::Result<bool> {
@@ -173,7 +213,7 @@ impl VringT<SharedMemory> for Ring {
 
     fn set_call(&self, file: Option<File>) {
         *lock(&self.own.call) = file.as_ref().and_then(|file| file.try_clone().ok()).map(Arc::new);
-        self.inner.set_call(file);
+        self.control(|inner| inner.set_call(file));
         // QEMU changes the descriptor of a running ring without waiting (from its own to the guest's, when the
         // guest unmasks the interrupt). A signal that went to the old one would be lost: give the new one one.
         if self.inner.get_ref().get_queue().ready() {
@@ -208,21 +248,21 @@ impl VringT<SharedMemory> for Ring {
         self.inner.needs_notification()
     }
     fn set_enabled(&self, enabled: bool) {
-        self.inner.set_enabled(enabled);
+        self.control(|inner| inner.set_enabled(enabled));
     }
     fn set_queue_info(&self, descriptors: u64, available: u64, used: u64) -> Result<(), QueueError> {
-        self.inner.set_queue_info(descriptors, available, used)
+        self.control(|inner| inner.set_queue_info(descriptors, available, used))
     }
     fn queue_next_avail(&self) -> u16 {
-        self.inner.queue_next_avail()
+        self.control(VringT::queue_next_avail)
     }
     fn queue_used_idx(&self) -> Result<u16, QueueError> {
-        self.inner.queue_used_idx()
+        self.control(VringT::queue_used_idx)
     }
     fn set_queue_size(&self, size: u16) {
-        self.inner.set_queue_size(size);
+        self.control(|inner| inner.set_queue_size(size));
     }
     fn set_queue_event_idx(&self, enabled: bool) {
-        self.inner.set_queue_event_idx(enabled);
+        self.control(|inner| inner.set_queue_event_idx(enabled));
     }
 }
