@@ -8,7 +8,10 @@ use std::{
 };
 
 use arrayvec::ArrayVec;
-use rustix::io::Errno;
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+};
 use vm_memory::VolatileSlice;
 
 use super::{
@@ -42,6 +45,14 @@ impl Tap {
             Err(Errno::INVAL) => Some(Err(Unreadable)),
             Err(_) => None,
         }
+    }
+
+    /// True if the tap, which has just refused a frame for want of room, has room again. To be asked each time:
+    /// only this question makes the TUN driver tell (by `EPOLLOUT`) when there is room; a refused write does
+    /// not.
+    pub(super) fn has_room(&self) -> bool {
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        poll(&mut [PollFd::new(&self.0, PollFlags::OUT)], Some(&now)).is_ok_and(|ready| ready > 0)
     }
 
     fn write(&self, head: &[u8], tail: &[VolatileSlice<'_, ()>]) -> Result<usize, Errno> {

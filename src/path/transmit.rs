@@ -59,17 +59,17 @@ impl Transmit {
         }
         // The tap is full: the frame that it refused, and everything after it, goes back untouched. The tap
         // tells when there is room.
-        let tap_full = waiting > 0;
         ring.untake(waiting);
+        let room = waiting == 0 || port.tap.has_room();
         let more = match end {
-            End::Empty if !tap_full => ring.rearm(),
-            End::Full if !tap_full => Ok(true),
-            End::Fault(fault) if !tap_full => Err(fault),
-            _ => Ok(false),
+            _ if waiting > 0 => Ok(room),
+            End::Empty => ring.rearm(),
+            End::Full => Ok(true),
+            End::Fault(fault) => Err(fault),
         };
         let signal = taken > 0 && ring.publish(self.account.commit());
         match more {
-            Ok(more) => Turn { signal, more, tap_full, fault: None },
+            Ok(more) => Turn { signal, more, tap_full: !room, fault: None },
             Err(fault) => self.fault(Turn { signal, ..Turn::default() }, fault),
         }
     }
