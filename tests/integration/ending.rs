@@ -1,25 +1,20 @@
-//! The end of vmflow, and what it found before it began: interfaces that are there, descriptors handed in.
+//! The end of vmflow, and what it found before it began.
 
-use std::{
-    fs,
-    path::Path,
-    process::{Command, Stdio},
-};
+use std::{fs, process::Command};
 
 use rustix::process::Signal;
 use vmflow_driver::net::Config;
 
 use crate::{
-    harness::{Netns, Setup, VMFLOW, Vmflow, run, unique, wait_for},
-    rig::{NAMES, Rig, passes},
+    harness::{Netns, Setup, run, unique},
+    rig::{NAMES, Rig},
     traffic::Traffic,
-    wire::Wire,
 };
 
 /// Frames each way before the end.
 const SOME: u64 = 500;
 
-fn exists(netns: &Netns, interface: &str) -> bool {
+pub fn exists(netns: &Netns, interface: &str) -> bool {
     netns.run("ip", &["-o", "link"]).contains(&format!(": {interface}:"))
 }
 
@@ -93,36 +88,4 @@ fn the_taps_carrier_follows_the_front_end() {
         drop(device);
         rig.wait_carrier(0, false);
     }
-}
-
-#[test]
-fn a_tap_handed_in_as_a_descriptor_is_served_where_it_is() {
-    let netns = Netns::new();
-    let tap = unique("t");
-    let setup = Setup::new();
-    let socket = setup.socket(NAMES[0]);
-    let setup = setup.with(&format!(
-        "[[vm]]\nname = \"web1\"\n[[vm.port]]\nsocket = \"{}\"\ntap = \"{tap}\"\nnetns = \"{}\"",
-        socket.display(),
-        netns.0
-    ));
-    // A tap made in the namespace, as a launcher that may enter it would.
-    let fd = netns.inside(|| vmflow::tap::attach(&tap)).unwrap();
-    let mut command = Command::new("sh");
-    let script = format!(
-        "LISTEN_PID=$$ LISTEN_FDS=1 LISTEN_FDNAMES={tap} exec {VMFLOW} serve --config {} 3<&0 0</dev/null",
-        setup.file().display()
-    );
-    command.arg("-c").arg(script);
-    let vmflow = Vmflow::start_with_input(command, &setup.directory, Stdio::from(fd));
-    let wires = vec![Wire::open(&netns, &tap)];
-    let rig = Rig { vmflow, wires, taps: vec![tap], setup, netns };
-    let mut device = rig.connect(0, Config::default());
-    passes(&rig, 0, &mut device);
-    rig.check(0, &device, 0);
-    let Rig { vmflow, wires, taps, netns, .. } = rig;
-    vmflow.stop();
-    drop(wires);
-    wait_for("the tap to go with its last descriptor", || (!exists(&netns, &taps[0])).then_some(()));
-    assert!(!Path::new(&socket).exists());
 }

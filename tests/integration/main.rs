@@ -25,3 +25,4 @@ mod protocol;
 mod queue;
 mod session;
 mod start;
+mod tap;

@@ -8,7 +8,7 @@ use std::{
 };
 
 use crate::{
-    harness::{Netns, Setup, VMFLOW, run, unique},
+    harness::{Netns, PATIENCE, Setup, VMFLOW, Vmflow, run, unique},
     rig::NAMES,
 };
 
@@ -161,4 +161,27 @@ fn a_user_without_the_right_to_make_taps_is_told_so() {
         .unwrap();
     judge(&output, REFUSED, &["CAP_NET_ADMIN"]);
     assert!(found(setup.directory.path()).0.is_empty());
+}
+
+#[test]
+fn the_service_manager_is_told_when_every_socket_listens_and_when_the_end_begins() {
+    let (netns, setup) = (Netns::new(), Setup::new());
+    let setup = setup.vm("web1", &unique("t"), &netns, "");
+    let notices = setup.directory.path().join("notify.sock");
+    let manager = std::os::unix::net::UnixDatagram::bind(&notices).unwrap();
+    manager.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut command = Command::new(VMFLOW);
+    command.arg("serve").arg("--config").arg(setup.file()).env("NOTIFY_SOCKET", &notices);
+    let vmflow = Vmflow::start_as(command, &setup.directory);
+    let told = || {
+        let mut bytes = [0; 100];
+        let n = manager.recv(&mut bytes).unwrap();
+        String::from_utf8_lossy(&bytes[..n]).trim().to_owned()
+    };
+    assert_eq!(told(), "READY=1");
+    for socket in ["web1.sock", "control.sock", "stats.sock"] {
+        std::os::unix::net::UnixStream::connect(setup.directory.path().join(socket)).unwrap();
+    }
+    vmflow.stop();
+    assert_eq!(told(), "STOPPING=1");
 }

@@ -23,6 +23,12 @@ const ROOM: usize = 70_000;
 /// Bytes that the socket may hold, so that a test may send first and look later.
 const HELD: libc::c_int = 64 << 20;
 
+/// Limits the bytes of frames that a tap takes before the host has dealt with them (TUNSETSNDBUF).
+pub fn hold_at_most(tap: &OwnedFd, bytes: libc::c_int) {
+    // SAFETY: TUNSETSNDBUF reads one `int`, which `bytes` is.
+    check(unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETSNDBUF, &raw const bytes) }).unwrap();
+}
+
 /// A frame with its header.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Frame {

@@ -1,0 +1,111 @@
+//! Taps that are handed in as descriptors, and what one does that is full.
+
+use std::{
+    os::fd::OwnedFd,
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use vmflow_driver::{net::Config, transmit::Layout, vnet::VnetHeader};
+
+use crate::{
+    ending::exists,
+    harness::{Netns, Setup, VMFLOW, Vmflow, unique, wait_for},
+    rig::{NAMES, Rig, frame, number, passes},
+    wire::{self, Wire},
+};
+
+/// Frames of a batch at most.
+const BATCH: u64 = 64;
+
+/// A tap made in the namespace, as a launcher that may enter it would.
+fn made_in(netns: &Netns) -> (String, OwnedFd) {
+    let tap = unique("t");
+    let fd = netns.inside(|| vmflow::tap::attach(&tap)).unwrap();
+    (tap, fd)
+}
+
+/// vmflow with one VM on a tap that it is handed; the host's side of it is interface `outside`.
+fn serve(netns: Netns, tap: String, fd: OwnedFd, outside: &str) -> Rig {
+    let setup = Setup::new();
+    let socket = setup.socket(NAMES[0]);
+    let setup = setup.with(&format!(
+        "[[vm]]\nname = \"web1\"\n[[vm.port]]\nsocket = \"{}\"\ntap = \"{tap}\"\nnetns = \"{}\"",
+        socket.display(),
+        netns.0
+    ));
+    let mut command = Command::new("sh");
+    let script = format!(
+        "LISTEN_PID=$$ LISTEN_FDS=1 LISTEN_FDNAMES={tap} exec {VMFLOW} serve --config {} 3<&0 0</dev/null",
+        setup.file().display()
+    );
+    command.arg("-c").arg(script);
+    let vmflow = Vmflow::start_with_input(command, &setup.directory, Stdio::from(fd));
+    let wires = vec![Wire::open(&netns, outside)];
+    Rig { vmflow, wires, taps: vec![tap], setup, netns }
+}
+
+#[test]
+fn a_tap_handed_in_as_a_descriptor_is_served_where_it_is() {
+    let netns = Netns::new();
+    let (tap, fd) = made_in(&netns);
+    let rig = serve(netns, tap.clone(), fd, &tap);
+    let mut device = rig.connect(0, Config::default());
+    passes(&rig, 0, &mut device);
+    rig.check(0, &device, 0);
+    let Rig { vmflow, wires, taps, netns, setup } = rig;
+    vmflow.stop();
+    drop(wires);
+    wait_for("the tap to go with its last descriptor", || (!exists(&netns, &taps[0])).then_some(()));
+    assert!(!Path::new(&setup.socket(NAMES[0])).exists());
+}
+
+/// The tap may hold a few frames, and what is behind it takes them slowly: a bridge, and a shaped link.
+#[test]
+fn a_tap_that_is_full_in_the_middle_of_a_batch_loses_and_doubles_nothing() {
+    const FRAMES: u64 = 400;
+    const LENGTH: usize = 100;
+    let netns = Netns::new();
+    let (tap, fd) = made_in(&netns);
+    wire::hold_at_most(&fd, 8000);
+    let (near, far, bridge) = (unique("n"), unique("f"), unique("b"));
+    for line in [
+        format!("link add {bridge} type bridge mcast_snooping 0"),
+        format!("link add {near} type veth peer name {far}"),
+        format!("link set {tap} master {bridge}"),
+        format!("link set {near} master {bridge}"),
+        format!("link set {near} up"),
+        format!("link set {far} up"),
+        format!("link set {bridge} up"),
+    ] {
+        netns.run("ip", &line.split(' ').collect::<Vec<_>>());
+    }
+    let shape = format!("qdisc add dev {near} root tbf rate 5mbit burst 2kb limit 1mb");
+    netns.run("tc", &shape.split(' ').collect::<Vec<_>>());
+    let rig = serve(netns, tap, fd, &far);
+    let mut device = rig.connect(0, Config { queue_size: 512, ..Config::default() });
+    // A bridge forwards nothing through a port until it has seen its carrier.
+    wait_for("the bridge", || {
+        rig.netns.run("bridge", &["link"]).matches("state forwarding").nth(1).map(drop)
+    });
+
+    let transmit = &mut device.first().transmit;
+    for n in 0..FRAMES {
+        transmit.add(&frame(LENGTH, n), &VnetHeader::default(), Layout::Single).unwrap();
+    }
+    transmit.flush().unwrap();
+    let mut stops = Vec::new();
+    let all = wait_for("every frame to be taken", || {
+        transmit.reclaim().unwrap();
+        stops.push(transmit.done());
+        (transmit.done() == FRAMES).then_some(FRAMES)
+    });
+    assert!(stops.iter().any(|n| n % BATCH != 0 && *n < all), "the tap was never full: {stops:?}");
+
+    // The bridge says a word of its own now and then.
+    let from_guest =
+        || std::iter::repeat_with(|| rig.wire().receive().bytes).find(|bytes| bytes.len() == LENGTH);
+    let arrived: Vec<u64> = (0..FRAMES).filter_map(|_| from_guest()).map(|bytes| number(&bytes)).collect();
+    assert!(arrived.iter().copied().eq(0..FRAMES), "{arrived:?}");
+    rig.check(0, &device, 0);
+}
