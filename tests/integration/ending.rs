@@ -65,6 +65,9 @@ fn a_tap_that_was_there_keeps_its_addresses_and_its_mtu_and_stays() {
     ));
     let vmflow = setup.start();
     assert_eq!(described(), (true, "1400".into()));
+    // Without an owner any user could attach to the tap and inject frames; ours is a user that nobody runs as.
+    let owner = fs::read_to_string(format!("/sys/class/net/{tap}/owner")).unwrap();
+    assert_eq!(owner.trim(), (u32::MAX - 1).to_string());
     vmflow.stop();
     assert_eq!(described(), (true, "1400".into()));
     drop((removed, netns));

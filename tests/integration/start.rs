@@ -185,3 +185,35 @@ fn the_service_manager_is_told_when_every_socket_listens_and_when_the_end_begins
     vmflow.stop();
     assert_eq!(told(), "STOPPING=1");
 }
+
+#[test]
+fn a_vm_of_the_command_line_is_served_like_one_of_a_file() {
+    let (netns, setup) = (Netns::new(), Setup::new());
+    let (tap, at) = (unique("t"), setup.directory.path().display().to_string());
+    let vm = format!(
+        "name=web1,socket={at}/web1.sock,tap={tap},netns={},label=77,mtu=1400,mac=52:54:00:12:34:56,\
+         uuid=0a1b2c3d-0000-4000-8000-000000000001",
+        netns.0
+    );
+    let mut command = Command::new(VMFLOW);
+    command.args([
+        "serve",
+        "--vm",
+        &vm,
+        "--control",
+        &format!("{at}/control.sock"),
+        "--state",
+        &format!("{at}/s"),
+    ]);
+    let vmflow = Vmflow::start_as(command, &setup.directory);
+    let vms: serde_json::Value = serde_json::from_str(&vmflow.ok(&["vms", "--json"])).unwrap();
+    let vm = &vms["vms"][0];
+    assert_eq!((vm["name"].as_str(), vm["label"].as_u64()), (Some("web1"), Some(77)));
+    assert_eq!(vm["suspect_label"].as_u64(), Some((1 << 31) + 77));
+    assert_eq!(vm["uuid"].as_str(), Some("0a1b2c3d-0000-4000-8000-000000000001"));
+    let port = &vm["ports"][0];
+    assert_eq!((port["mac"].as_str(), port["mtu"].as_u64()), (Some("52:54:00:12:34:56"), Some(1400)));
+    assert!(netns.run("ip", &["link", "show", &tap]).contains("mtu 1400"));
+    assert!(vmflow.ok(&["vms"]).contains("web1 77    no      0a1b2c3d"), "{}", vmflow.ok(&["vms"]));
+    vmflow.stop();
+}
