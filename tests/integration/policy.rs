@@ -1,10 +1,15 @@
 //! A VM that the operator calls suspect, while its frames flow.
 
+use rustix::process::{Pid, Signal, kill_process};
 use vmflow::ledger::{DropReason, Totals};
-use vmflow_driver::net::Config;
+use vmflow_driver::{
+    net::{Config, Device},
+    transmit::Layout,
+    vnet::VnetHeader,
+};
 
 use crate::{
-    harness::{count, dropped, wait_for},
+    harness::{Netns, PATIENCE, Setup, count, dropped, unique, wait_for},
     rig::{NAMES, Rig, frame, passes, receive_one, send_one},
     traffic::Traffic,
 };
@@ -132,4 +137,49 @@ fn a_tag_is_kept_over_a_restart() {
     passes(&rig, 0, &mut device);
     let (transmit, _) = rig.check(0, &device, 0);
     assert_eq!((transmit.normal.frames, transmit.suspect.frames), (0, 1));
+}
+
+/// A worker that does not answer is no reason to let the VM's other ports go on under the old label.
+#[test]
+fn a_tag_reaches_every_port_of_a_vm_also_when_one_does_not_answer() {
+    let (netns, setup) = (Netns::new(), Setup::new());
+    let taps = [unique("t"), unique("t")];
+    let sockets = ["a", "b"].map(|name| setup.socket(name));
+    let port = |n: usize| {
+        let (socket, tap) = (sockets[n].display(), &taps[n]);
+        format!("[[vm.port]]\nsocket = \"{socket}\"\ntap = \"{tap}\"\nnetns = \"{}\"\n", netns.0)
+    };
+    let setup = setup.with(&format!("[[vm]]\nname = \"web1\"\n{}{}", port(0), port(1)));
+    let vmflow = setup.start();
+    let mut devices = sockets.each_ref().map(|socket| Device::connect(socket, Config::default()).unwrap());
+    let mut send = |n: usize| {
+        let transmit = &mut devices[n].first().transmit;
+        transmit.send(&frame(60, 1), &VnetHeader::default(), Layout::Single).unwrap();
+        transmit.drain(PATIENCE).unwrap();
+    };
+    let suspect = || {
+        let ports = vmflow.stats().vms.remove(0).ports;
+        [0, 1].map(|n| Totals::from(&ports[n].transmit).suspect.frames)
+    };
+    (0..2).for_each(&mut send);
+    assert_eq!(suspect(), [0, 0]);
+
+    let of_first = |pid: &u32| {
+        let maps = std::fs::read_dir(format!("/proc/{pid}/fdinfo")).unwrap().flatten();
+        maps.filter_map(|fd| std::fs::read_to_string(fd.path()).ok()).any(|info| info.contains(&taps[0]))
+    };
+    let worker = vmflow.processes("vmf-w").into_iter().find(of_first).unwrap();
+    let worker = Pid::from_raw(i32::try_from(worker).unwrap()).unwrap();
+    kill_process(worker, Signal::STOP).unwrap();
+    let refused = vmflow.command(&["suspect", "web1", "--reason", "a test"]);
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && said.contains(&taps[0]) && !said.contains(&taps[1]), "{said}");
+    send(1);
+    assert_eq!(suspect(), [0, 1]);
+
+    kill_process(worker, Signal::CONT).unwrap();
+    vmflow.ok(&["suspect", "web1", "--reason", "again"]);
+    (0..2).for_each(&mut send);
+    assert_eq!(suspect(), [1, 2]);
+    vmflow.stop();
 }

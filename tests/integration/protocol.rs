@@ -19,7 +19,7 @@ use vmflow_driver::{
 };
 
 use crate::{
-    harness::{PATIENCE, count},
+    harness::{PATIENCE, count, wait_for},
     rig::{NAMES, Rig, frame, hang_up, number, passes, receive_one},
 };
 
@@ -121,6 +121,25 @@ fn a_region_that_is_added_again_is_taken_as_added() {
             session.add_region(memory, region).unwrap();
         }
     });
+    passes(&rig, 0, &mut device);
+    rig.check(0, &device, 0);
+}
+
+/// How a VMM changes a region: it removes it and adds it again, while the guest's rings run in it.
+#[test]
+fn a_region_that_is_exchanged_under_running_rings_costs_no_frame() {
+    let rig = Rig::one("");
+    let protocol = PROTOCOL | protocol::CONFIGURE_MEM_SLOTS;
+    let mut device = rig.connect(0, Config { protocol, ..Config::default() });
+    passes(&rig, 0, &mut device);
+    device.session.remove_region(&device.memory.regions()[0]).unwrap();
+    // Kicked while its rings are nowhere, the device rests.
+    device.first().transmit.send(&frame(60, 7), &VnetHeader::default(), Layout::Single).unwrap();
+    device.first().transmit.queue.kick().unwrap();
+    wait_for("the device to look", || (rig.vmflow.port(NAMES[0]).queue_faults > 0).then_some(()));
+    device.session.add_region(&device.memory, &device.memory.regions()[0]).unwrap();
+    assert_eq!(number(&rig.wire().receive().bytes), 7);
+    device.first().transmit.drain(PATIENCE).unwrap();
     passes(&rig, 0, &mut device);
     rig.check(0, &device, 0);
 }
