@@ -94,3 +94,10 @@ pub struct Turn {
     /// The guest broke its queue: it stops until the guest resets it.
     pub fault: Option<QueueFault>,
 }
+
+impl Turn {
+    /// Nothing could be done.
+    fn fault(fault: QueueFault) -> Self {
+        Self { fault: Some(fault), ..Self::default() }
+    }
+}

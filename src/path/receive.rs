@@ -52,12 +52,22 @@ impl Receive {
 
     /// Moves up to [`FRAMES`] frames. `mergeable`: the driver negotiated `MRG_RXBUF`.
     pub fn turn(&mut self, queue: &mut Queue, memory: &Memory, port: &Port<'_>, mergeable: bool) -> Turn {
-        let areas = Areas::find(queue, memory);
-        let mut ring =
-            match areas.as_ref().map_err(|fault| *fault).and_then(|areas| OpenRing::open(queue, areas)) {
-                Ok(ring) => ring,
-                Err(fault) => return self.fault(Turn::default(), fault),
-            };
+        let turn = self.work(queue, memory, port, mergeable).unwrap_or_else(Turn::fault);
+        if turn.fault.is_some() {
+            self.account.queue_fault();
+        }
+        turn
+    }
+
+    fn work(
+        &mut self,
+        queue: &mut Queue,
+        memory: &Memory,
+        port: &Port<'_>,
+        mergeable: bool,
+    ) -> Result<Turn, QueueFault> {
+        let areas = Areas::find(queue, memory)?;
+        let mut ring = OpenRing::open(queue, &areas)?;
         ring.suppress();
         let before = *self.account.totals();
         let end = self.fill(&mut ring, port, mergeable);
@@ -69,10 +79,7 @@ impl Receive {
             End::Fault(fault) => Err(fault),
         };
         let signal = before != *self.account.totals() && ring.publish(self.account.commit());
-        match more {
-            Ok(more) => Turn { signal, more, ..Turn::default() },
-            Err(fault) => self.fault(Turn { signal, ..Turn::default() }, fault),
-        }
+        Ok(Turn { signal, more: more == Ok(true), tap_full: false, fault: more.err() })
     }
 
     fn fill(&mut self, ring: &mut OpenRing<'_, '_>, port: &Port<'_>, mergeable: bool) -> End {
@@ -128,10 +135,5 @@ impl Receive {
                 account::received(self.account.totals(), Outcome::new(judged, Fate::Dropped(why)));
             let _nothing_to_publish = self.account.commit();
         }
-    }
-
-    fn fault(&mut self, turn: Turn, fault: QueueFault) -> Turn {
-        self.account.queue_fault();
-        Turn { fault: Some(fault), ..turn }
     }
 }

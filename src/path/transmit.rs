@@ -40,12 +40,16 @@ impl Transmit {
 
     /// Moves up to [`FRAMES`] frames.
     pub fn turn(&mut self, queue: &mut Queue, memory: &Memory, port: &Port<'_>) -> Turn {
-        let areas = Areas::find(queue, memory);
-        let mut ring =
-            match areas.as_ref().map_err(|fault| *fault).and_then(|areas| OpenRing::open(queue, areas)) {
-                Ok(ring) => ring,
-                Err(fault) => return self.fault(Turn::default(), fault),
-            };
+        let turn = self.work(queue, memory, port).unwrap_or_else(Turn::fault);
+        if turn.fault.is_some() {
+            self.account.queue_fault();
+        }
+        turn
+    }
+
+    fn work(&mut self, queue: &mut Queue, memory: &Memory, port: &Port<'_>) -> Result<Turn, QueueFault> {
+        let areas = Areas::find(queue, memory)?;
+        let mut ring = OpenRing::open(queue, &areas)?;
         ring.suppress();
         let mut batch = self.storage.begin();
         let mut frames = ArrayVec::new();
@@ -68,15 +72,7 @@ impl Transmit {
             End::Fault(fault) => Err(fault),
         };
         let signal = taken > 0 && ring.publish(self.account.commit());
-        match more {
-            Ok(more) => Turn { signal, more, tap_full: !room, fault: None },
-            Err(fault) => self.fault(Turn { signal, ..Turn::default() }, fault),
-        }
-    }
-
-    fn fault(&mut self, turn: Turn, fault: QueueFault) -> Turn {
-        self.account.queue_fault();
-        Turn { fault: Some(fault), ..turn }
+        Ok(Turn { signal, more: more == Ok(true), tap_full: !room, fault: more.err() })
     }
 }
 
