@@ -23,13 +23,13 @@ const NOBODY: u32 = u32::MAX - 1;
 pub enum TapError {
     /// The TUN driver is not there or not for us.
     #[error("cannot open /dev/net/tun: {0}: vmflow needs the tun driver and CAP_NET_ADMIN")]
-    Driver(#[source] io::Error),
+    Driver(io::Error),
     /// Somebody else uses the interface.
     #[error("tap {0} is in use by another program")]
     Busy(String),
     /// There is an interface of that name that is no tap.
     #[error("{0} exists and is not a tap: {1}")]
-    NotATap(String, #[source] io::Error),
+    NotATap(String, io::Error),
     /// We may not.
     #[error("no permission to create or attach to tap {0}: vmflow needs CAP_NET_ADMIN")]
     Permission(String),
@@ -38,7 +38,7 @@ pub enum TapError {
     NotThisTap(String),
     /// A step of the set-up.
     #[error("tap {0}: cannot set {1}: {2}")]
-    Setup(String, &'static str, #[source] io::Error),
+    Setup(String, &'static str, io::Error),
 }
 
 /// Creates a tap, or attaches to the one of that name; sets owner and header size. The link stays as it is.

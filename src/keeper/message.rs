@@ -86,7 +86,7 @@ pub enum MessageError {
     #[error("the connection was closed")]
     Closed,
     /// The kernel refused something.
-    #[error("{0}")]
+    #[error(transparent)]
     Io(#[from] Errno),
     /// Not a vhost-user header.
     #[error(

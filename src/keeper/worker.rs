@@ -47,7 +47,7 @@ pub struct Worker {
 #[derive(Debug, thiserror::Error)]
 pub enum WorkerError {
     /// It could not be started.
-    #[error("cannot start a worker: {0}")]
+    #[error("cannot start a worker")]
     Start(#[from] std::io::Error),
     /// It ended by itself.
     #[error("the worker died")]

@@ -85,7 +85,7 @@ impl Part {
 pub enum LedgerError {
     /// The kernel refused something.
     #[error("cannot {0} the ledger: {1}")]
-    Io(&'static str, #[source] io::Error),
+    Io(&'static str, io::Error),
     /// Wrong size, seals, magic, version or number of queue pairs.
     #[error("not a ledger of this version for {0} queue pairs")]
     Foreign(u16),

@@ -42,7 +42,7 @@ pub struct Found {
 pub enum LinkError {
     /// The network namespace cannot be opened or entered.
     #[error("network namespace {0}: {1}")]
-    Namespace(PathBuf, #[source] io::Error),
+    Namespace(PathBuf, io::Error),
     /// A request to the kernel failed.
     #[error("{interface}: cannot {what}: {why}")]
     Refused {

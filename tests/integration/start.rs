@@ -61,6 +61,7 @@ fn judge(output: &Output, code: i32, words: &[&str]) {
     for word in words {
         assert!(text.contains(word), "{text} does not say {word:?}");
     }
+    assert!(text.matches("os error").count() <= 1, "the reason is said twice: {text}");
     assert!(output.stdout.is_empty());
 }
 

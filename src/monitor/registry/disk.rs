@@ -96,7 +96,7 @@ impl StateDir {
                 self.save(&book)?;
                 Ok(book)
             }
-            Err(source) => Err(RegistryError::Unreadable { path: file, source }),
+            Err(reason) => Err(RegistryError::Unreadable { path: file, reason }),
         }
     }
 
@@ -167,16 +167,16 @@ fn parse(file: &Path, bytes: &[u8]) -> Result<Book, RegistryError> {
 
 /// An error of the kernel with what was tried.
 fn failed(path: &Path, what: &'static str) -> impl Fn(io::Error) -> RegistryError {
-    move |source| RegistryError::Io { path: path.to_owned(), what, source }
+    move |reason| RegistryError::Io { path: path.to_owned(), what, reason }
 }
 
 fn make_dir(path: &Path) -> Result<(), RegistryError> {
     match DirBuilder::new().mode(DIR_MODE).create(path) {
         Ok(()) => path.parent().map_or(Ok(()), sync_dir),
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-        Err(source) => {
+        Err(reason) => {
             let what = "create it (its parent must exist)";
-            Err(RegistryError::Io { path: path.to_owned(), what, source })
+            Err(RegistryError::Io { path: path.to_owned(), what, reason })
         }
     }
 }

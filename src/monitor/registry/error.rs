@@ -8,14 +8,14 @@ use crate::label::Label;
 #[derive(Debug, thiserror::Error)]
 pub enum RegistryError {
     /// The kernel refused something.
-    #[error("{path}: cannot {what}: {source}", path = path.display())]
+    #[error("{path}: cannot {what}: {reason}", path = path.display())]
     Io {
         /// The file or directory.
         path: PathBuf,
         /// What was tried.
         what: &'static str,
         /// What the kernel said.
-        source: io::Error,
+        reason: io::Error,
     },
     /// Someone else could change the labels.
     #[error("{path}: {why}: give it to this user, and run chmod go-w on it", path = path.display())]
@@ -34,12 +34,12 @@ pub enum RegistryError {
         holder: String,
     },
     /// The file with the labels cannot be read.
-    #[error("{path}: cannot be read: {source}: run as its owner, or restore it from a backup", path = path.display())]
+    #[error("{path}: cannot be read: {reason}: run as its owner, or restore it from a backup", path = path.display())]
     Unreadable {
         /// The file.
         path: PathBuf,
         /// What the kernel said.
-        source: io::Error,
+        reason: io::Error,
     },
     /// The file with the labels cannot be understood.
     #[error("{path}: damaged: {why}: restore it from a backup; without one move its directory away, then every VM gets a new label", path = path.display())]
