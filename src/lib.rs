@@ -11,7 +11,7 @@
 //!  vmflow serve   monitor      owns taps, sockets, labels, policies; reads ledgers; answers the API
 //!    |
 //!    +-- port --- keeper       the front end's connection: looks at each vhost-user message (the gate);
-//!    |              |          one thread, never maps guest memory
+//!    |              |          one thread, never maps guest memory; when its worker dies, it forks another one
 //!    |            worker       forked by the keeper: maps guest memory, moves frames, writes the ledger
 //!    +-- port --- ...
 //! ```
@@ -19,7 +19,8 @@
 //! One keeper and one worker for each port: a guest or VMM that breaks its port breaks only itself. Both run
 //! as a user of their own, without capabilities, in empty network and mount namespaces. The ledger is shared
 //! memory that the monitor made, and outlives them; whose ledger it is, the monitor knows, so not even a
-//! broken worker can speak for another VM.
+//! broken worker can speak for another VM. What a worker had done when it died is in the ledger too, frame by
+//! frame: its successor counts it ([`ledger::recover`]), and the front end and the guest notice nothing.
 //!
 //! # The tree is the path of a frame
 //!
@@ -30,7 +31,7 @@
 //! | [`features`] | what a port offers |
 //! | [`monitor`] | start-up order; [`monitor::registry`] labels on disk, [`monitor::doorbell`] front ends come, [`monitor::ports`] one port's life, [`monitor::connection`] one connection's, [`monitor::spawn`] keepers start, [`monitor::link`] the tap as an interface, [`monitor::api`] HTTP on unix sockets, [`monitor::host`] what it is about |
 //! | [`tap`] | taps: made, taken over, set up |
-//! | [`keeper`] | one connection: [`keeper::message`] vhost-user on the wire, [`keeper::gate`] what is let through, [`keeper::memory`] regions, [`keeper::door`] rights given up, [`keeper::worker`] the session with the worker |
+//! | [`keeper`] | one connection: [`keeper::message`] vhost-user on the wire, [`keeper::gate`] what is let through, [`keeper::memory`] regions, [`keeper::session`] what the next worker must be told, [`keeper::watch`] and [`keeper::deaths`] whether there is to be one, [`keeper::door`] rights given up, [`keeper::worker`] the session with the worker |
 //! | [`worker`] | [`worker::device`] events to queues, [`worker::vring`] the crate's ring, mended |
 //! | [`path`] | a frame from ring to tap and from tap to ring: take, label, inspect, judge, forward or place, account, publish |
 //! | [`wire`] | what a frame's bytes say: pure functions |

@@ -183,6 +183,7 @@ fn numbered() -> Stats {
         queue_faults: 93,
         refused_connections: 94,
         connections: 95,
+        connections_given_up: 96,
         transmit: Transmit::from(&counting_from(1)),
         receive: Receive::from(&counting_from(101)),
     }];
@@ -194,7 +195,7 @@ const NUMBERED: &str = concat!(
     r#"{"version":1,"node":"host1","vms":[{"name":"web1","uuid":null,"label":1,"suspect_label":2147483649,"#,
     r#""suspect":false,"ports":[{"socket":"/run/vmflow/web1/net0.sock","mode":"server","tap":"vmf-web1","#,
     r#""netns":"web1","connected":true,"queue_pairs":1,"worker_restarts":91,"uncertain":92,"queue_faults":93,"#,
-    r#""refused_connections":94,"connections":95,"#,
+    r#""refused_connections":94,"connections":95,"connections_given_up":96,"#,
     r#""transmit":{"chains":1,"in_flight":2,"#,
     r#""forwarded":{"frames":3,"packets":4,"bytes":5,"wire_bytes":6},"#,
     r#""diverted":{"frames":7,"packets":8,"bytes":9,"wire_bytes":10},"#,

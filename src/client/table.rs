@@ -228,6 +228,7 @@ fn events(vm: &VmStats) -> String {
         ("uncertain tap operations", sum(|port| port.uncertain)),
         ("queue faults", sum(|port| port.queue_faults)),
         ("refused connections", sum(|port| port.refused_connections)),
+        ("connections given up", sum(|port| port.connections_given_up)),
     ];
     let seen: Vec<_> = kinds.iter().filter(|(_, n)| *n > 0).map(|(kind, n)| format!("{kind}: {n}")).collect();
     if seen.is_empty() { String::new() } else { format!("{}: {}\n", vm.name, seen.join(", ")) }
@@ -297,6 +298,7 @@ pub(super) mod fixture {
             queue_faults: 0,
             refused_connections: 0,
             connections: 1,
+            connections_given_up: 0,
             transmit: Transmit::from(transmit),
             receive: Receive::from(receive),
         }

@@ -13,6 +13,7 @@ use super::{
     files::{self, Descriptors},
     memory::{Region, Regions},
     message::{Message, NEED_REPLY, request, u32_at, u64_at},
+    session::Session,
 };
 use crate::features;
 
@@ -60,29 +61,32 @@ pub struct Forbidden {
     pub why: String,
 }
 
-/// What the gate remembers of a connection.
+/// What the gate knows of a connection.
 #[derive(Debug)]
 pub struct Gate {
     brief: Brief,
     descriptors: Descriptors,
     reply_ack: bool,
-    regions: Regions,
-    rings: Vec<RingState>,
-}
-
-/// What the gate remembers of a ring.
-#[derive(Clone, Copy, Debug, Default)]
-struct RingState {
-    /// It has a size, an address and a kick, and was not stopped since.
-    started: bool,
+    session: Session,
 }
 
 impl Gate {
     /// Nothing was said yet.
     #[must_use]
     pub fn new(brief: Brief, descriptors: Descriptors) -> Self {
-        let rings = vec![RingState::default(); 2 * usize::from(brief.queue_pairs)];
-        Self { brief, descriptors, reply_ack: false, regions: Regions::default(), rings }
+        let session = Session::new(2 * usize::from(brief.queue_pairs));
+        Self { brief, descriptors, reply_ack: false, session }
+    }
+
+    /// What the worker has acknowledged so far.
+    #[must_use]
+    pub const fn session(&self) -> &Session {
+        &self.session
+    }
+
+    /// The worker has acknowledged this.
+    pub fn remember(&mut self, asked: Request) {
+        self.session.remember(asked);
     }
 
     /// True if the front end is to get an acknowledgement for this message.
@@ -93,7 +97,7 @@ impl Gate {
 
     /// Rings that run, to be stopped in the end.
     pub fn started(&self) -> impl Iterator<Item = u32> + '_ {
-        (0..).zip(&self.rings).filter_map(|(index, ring)| ring.started.then_some(index))
+        (0..).zip(0..self.session.rings()).filter(|(_, ring)| self.session.is_started(*ring)).map(|(n, _)| n)
     }
 
     /// Looks at one message.
@@ -113,10 +117,10 @@ impl Gate {
             request::SET_FEATURES => self.set_features(u64_of(body)?),
             request::GET_PROTOCOL_FEATURES => Ok(number(features::protocol::OFFERED)),
             request::SET_PROTOCOL_FEATURES => self.set_protocol_features(u64_of(body)?),
-            request::GET_QUEUE_NUM => Ok(number(self.rings.len() as u64)),
+            request::GET_QUEUE_NUM => Ok(number(self.session.rings() as u64)),
             request::GET_MAX_MEM_SLOTS => Ok(number(Regions::MAX as u64)),
             request::RESET_OWNER | request::RESET_DEVICE => Ok(self.reset()),
-            request::SET_MEM_TABLE => self.set_memory(body, files),
+            request::SET_MEM_TABLE => Self::set_memory(body, files),
             request::ADD_MEM_REG => self.add_region(body, files),
             request::REM_MEM_REG => self.remove_region(body),
             request::SET_VRING_NUM
@@ -154,7 +158,7 @@ impl Gate {
         let mut requests = vec![ask(request::SET_FEATURES, features.to_ne_bytes().to_vec())];
         if acked & features::PROTOCOL_FEATURES == 0 {
             // Without them rings are enabled from the start ("Ring states").
-            let rings = u32::try_from(self.rings.len()).unwrap_or_default();
+            let rings = u32::try_from(self.session.rings()).unwrap_or_default();
             requests.extend((0..rings).map(|ring| ask(request::SET_VRING_ENABLE, state(ring, 1))));
         }
         Ok(Step::AskAll(requests))
@@ -172,10 +176,10 @@ impl Gate {
     }
 
     /// All rings stop and are disabled; the session goes on.
-    fn reset(&mut self) -> Step {
+    fn reset(&self) -> Step {
         let mut requests = Vec::new();
-        for (index, ring) in (0..).zip(&mut self.rings) {
-            if std::mem::take(&mut ring.started) {
+        for (index, ring) in (0..).zip(0..self.session.rings()) {
+            if self.session.is_started(ring) {
                 requests.push(ask(request::GET_VRING_BASE, state(index, 0)));
             }
             requests.push(ask(request::SET_VRING_ENABLE, state(index, 0)));
@@ -183,43 +187,41 @@ impl Gate {
         Step::AskAll(requests)
     }
 
-    fn set_memory(&mut self, body: &[u8], files: Vec<OwnedFd>) -> Result<Step, String> {
-        let regions = Regions::from_table(body, files)?;
-        let (body, files) = regions.to_table()?;
-        self.regions = regions;
+    fn set_memory(body: &[u8], files: Vec<OwnedFd>) -> Result<Step, String> {
+        let (body, files) = Regions::from_table(body, files)?.into_table();
         Ok(Step::Ask(Request { code: request::SET_MEM_TABLE, body, files }))
     }
 
-    fn add_region(&mut self, body: &[u8], files: Vec<OwnedFd>) -> Result<Step, String> {
+    fn add_region(&self, body: &[u8], files: Vec<OwnedFd>) -> Result<Step, String> {
         let region = Region::from_single(body)?;
-        if self.regions.contains(&region) {
+        if self.session.regions().contains(&region) {
             // QEMU 7.2 adds each region once per queue pair.
             return Ok(Step::Acknowledge(true));
         }
         let file = files.into_iter().next().ok_or("a region without a file")?;
-        let (body, files) = self.regions.add(region, file)?;
-        Ok(Step::Ask(Request { code: request::ADD_MEM_REG, body, files }))
+        self.session.regions().admits(&region, &file)?;
+        Ok(Step::Ask(Request { code: request::ADD_MEM_REG, body: region.to_single(), files: vec![file] }))
     }
 
-    fn remove_region(&mut self, body: &[u8]) -> Result<Step, String> {
+    fn remove_region(&self, body: &[u8]) -> Result<Step, String> {
         let region = Region::from_single(body)?;
-        if !self.regions.remove(&region) {
+        if !self.session.regions().has(&region) {
             // Added once and removed once per queue pair, again.
             return Ok(Step::Acknowledge(true));
         }
         Ok(Step::Ask(ask(request::REM_MEM_REG, region.to_single())))
     }
 
-    fn ring_state(&mut self, code: u32, body: &[u8]) -> Result<Step, String> {
+    fn ring_state(&self, code: u32, body: &[u8]) -> Result<Step, String> {
         let expected = if code == request::SET_VRING_ADDR { 40 } else { 8 };
         if body.len() != expected {
             return Err(format!("{} bytes instead of {expected}", body.len()));
         }
         let (index, value) = (u32_at(body, 0), u32_at(body, 4));
-        let reachable = code != request::SET_VRING_ADDR || self.are_ring_addresses(body);
+        let reachable = code != request::SET_VRING_ADDR || self.session.regions().hold_ring(body);
         let ring = self.ring(index.into())?;
         match code {
-            request::SET_VRING_NUM if ring.started => {
+            request::SET_VRING_NUM if self.session.is_started(ring) => {
                 return Err("a running ring cannot change its size".into());
             }
             request::SET_VRING_NUM if value > QUEUE_SIZE_MAX || !value.is_power_of_two() => {
@@ -231,22 +233,12 @@ impl Gate {
                 return Err("ring addresses outside the shared memory, or not aligned".into());
             }
             request::SET_VRING_ENABLE if value > 1 => return Err(format!("{value} is neither 0 nor 1")),
-            request::GET_VRING_BASE => ring.started = false,
             _ => {}
         }
         Ok(Step::Ask(ask(code, body.to_vec())))
     }
 
-    /// Descriptor table, used ring and available ring of a `struct vhost_vring_addr` begin in shared memory,
-    /// aligned as virtio asks (virtio 1.2, 2.7).
-    fn are_ring_addresses(&self, body: &[u8]) -> bool {
-        let areas = [(8, 16), (16, 4), (24, 2)];
-        areas.into_iter().all(|(at, align)| {
-            self.regions.guest_address(u64_at(body, at)).is_some_and(|guest| guest.is_multiple_of(align))
-        })
-    }
-
-    fn ring_file(&mut self, code: u32, body: &[u8], files: Vec<OwnedFd>) -> Result<Step, String> {
+    fn ring_file(&self, code: u32, body: &[u8], files: Vec<OwnedFd>) -> Result<Step, String> {
         let value = u64_of(body)?;
         if value & !(RING_MASK | NO_DESCRIPTOR) != 0 {
             return Err(format!("{value:#x} is no ring"));
@@ -266,9 +258,6 @@ impl Gate {
                 return Err("polling without a kick was never offered".into());
             }
             None => {}
-        }
-        if code == request::SET_VRING_KICK {
-            self.ring(value & RING_MASK)?.started = true;
         }
         Ok(Step::Ask(Request { code, body: body.to_vec(), files: file.into_iter().collect() }))
     }
@@ -291,12 +280,10 @@ impl Gate {
         Ok(Step::Answer(answer))
     }
 
-    fn ring(&mut self, index: u64) -> Result<&mut RingState, String> {
-        let count = self.rings.len();
-        usize::try_from(index)
-            .ok()
-            .and_then(|i| self.rings.get_mut(i))
-            .ok_or_else(|| format!("ring {index} of {count}"))
+    fn ring(&self, index: u64) -> Result<usize, String> {
+        let count = self.session.rings();
+        let ring = usize::try_from(index).ok().filter(|ring| *ring < count);
+        ring.ok_or_else(|| format!("ring {index} of {count}"))
     }
 }
 
@@ -352,6 +339,15 @@ mod tests {
         gate.look(Message { request, flags: 1, body, files })
     }
 
+    /// The same, acknowledged by a worker.
+    fn done(gate: &mut Gate, request: u32, body: Vec<u8>, files: Vec<OwnedFd>) -> bool {
+        match say(gate, request, body, files) {
+            Ok(Step::Ask(asked)) => gate.remember(asked),
+            other => panic!("{other:?}"),
+        }
+        true
+    }
+
     fn number(gate: &mut Gate, request: u32, value: u64) -> Result<Step, Forbidden> {
         say(gate, request, value.to_ne_bytes().to_vec(), Vec::new())
     }
@@ -361,7 +357,7 @@ mod tests {
         ftruncate(&file, SIZE).unwrap();
         let region = [0, SIZE, USER, 0].map(u64::to_ne_bytes).concat();
         let body = [&1_u32.to_ne_bytes()[..], &[0; 4], &region].concat();
-        assert!(matches!(say(gate, request::SET_MEM_TABLE, body, vec![file]), Ok(Step::Ask(_))));
+        assert!(done(gate, request::SET_MEM_TABLE, body, vec![file]));
     }
 
     fn addresses(gate: &mut Gate, areas: [u64; 3]) -> Result<Step, Forbidden> {
@@ -417,10 +413,10 @@ mod tests {
             let step = say(&mut gate, request::SET_VRING_NUM, state(0, size), Vec::new());
             assert_eq!(step.is_ok(), fine, "{size}");
         }
-        assert!(say(&mut gate, request::SET_VRING_KICK, ring, vec![event()]).is_ok());
+        assert!(done(&mut gate, request::SET_VRING_KICK, ring, vec![event()]));
         assert_eq!(gate.started().collect::<Vec<_>>(), [0]);
         assert!(say(&mut gate, request::SET_VRING_NUM, state(0, 256), Vec::new()).is_err());
-        assert!(say(&mut gate, request::GET_VRING_BASE, state(0, 0), Vec::new()).is_ok());
+        assert!(done(&mut gate, request::GET_VRING_BASE, state(0, 0), Vec::new()));
         assert_eq!(gate.started().count(), 0);
     }
 

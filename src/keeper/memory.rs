@@ -6,7 +6,7 @@
 //!  single              0 u64 | region                           (ADD_MEM_REG, REM_MEM_REG)
 //! ```
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::fstat;
 
@@ -68,6 +68,10 @@ impl Region {
         Ok(())
     }
 
+    const fn is_like(&self, other: &Self) -> bool {
+        self.guest == other.guest && self.size == other.size && self.user == other.user
+    }
+
     const fn overlaps(&self, other: &Self) -> bool {
         self.guest < other.guest + other.size && other.guest < self.guest + self.size
     }
@@ -93,47 +97,71 @@ impl Regions {
         }
         let mut regions = Self::default();
         for (bytes, file) in body[HEAD..].chunks_exact(REGION).zip(files) {
-            regions.insert(Region::parse(bytes), file)?;
+            let region = Region::parse(bytes);
+            regions.admits(&region, &file)?;
+            regions.insert(region, file);
         }
         Ok(regions)
     }
 
     /// The table as the worker gets it: sorted, which its crates insist on.
-    ///
-    /// # Errors
-    /// When descriptors run out.
-    pub fn to_table(&self) -> Result<(Vec<u8>, Vec<OwnedFd>), String> {
+    #[must_use]
+    pub fn into_table(self) -> (Vec<u8>, Vec<OwnedFd>) {
+        let body = self.body();
+        (body, self.0.into_iter().map(|(_, file)| file).collect())
+    }
+
+    /// As [`Self::into_table`], for one more worker.
+    #[must_use]
+    pub fn table(&self) -> (Vec<u8>, Vec<BorrowedFd<'_>>) {
+        (self.body(), self.0.iter().map(|(_, file)| file.as_fd()).collect())
+    }
+
+    fn body(&self) -> Vec<u8> {
         let mut body = Vec::with_capacity(HEAD + self.0.len() * REGION);
         body.extend(u32::try_from(self.0.len()).unwrap_or_default().to_ne_bytes());
         body.extend([0; 4]);
         body.extend(self.0.iter().flat_map(|(region, _)| region.bytes()));
-        let files = self.0.iter().map(|(_, file)| duplicate(file)).collect::<Result<_, _>>()?;
-        Ok((body, files))
+        body
     }
 
-    /// Adds one region; gives what the worker is to be told.
-    ///
-    /// # Errors
-    /// A line for the log.
-    pub fn add(&mut self, region: Region, file: OwnedFd) -> Result<(Vec<u8>, Vec<OwnedFd>), String> {
-        let copy = duplicate(&file)?;
-        self.insert(region, file)?;
-        Ok((region.to_single(), vec![copy]))
+    /// True if there are none.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 
-    /// Forgets a region. False if there was none like it.
-    pub fn remove(&mut self, region: &Region) -> bool {
-        let before = self.0.len();
-        self.0.retain(|(known, _)| {
-            (known.guest, known.size, known.user) != (region.guest, region.size, region.user)
-        });
-        self.0.len() < before
+    /// Adds one region that [`Self::admits`].
+    pub fn insert(&mut self, region: Region, file: OwnedFd) {
+        let place = self.0.partition_point(|(known, _)| known.guest < region.guest);
+        self.0.insert(place, (region, file));
+    }
+
+    /// Forgets a region.
+    pub fn remove(&mut self, region: &Region) {
+        self.0.retain(|(known, _)| !known.is_like(region));
+    }
+
+    /// True if a region like this is known: `REM_MEM_REG` names no file.
+    #[must_use]
+    pub fn has(&self, region: &Region) -> bool {
+        self.0.iter().any(|(known, _)| known.is_like(region))
     }
 
     /// True if this very region is known.
     #[must_use]
     pub fn contains(&self, region: &Region) -> bool {
         self.0.iter().any(|(known, _)| known == region)
+    }
+
+    /// True if the descriptor table, the used ring and the available ring of a `struct vhost_vring_addr` begin in
+    /// these regions, aligned as virtio asks (virtio 1.2, 2.7).
+    #[must_use]
+    pub fn hold_ring(&self, addresses: &[u8]) -> bool {
+        let areas = [(8, 16), (16, 4), (24, 2)];
+        areas.into_iter().all(|(at, align)| {
+            self.guest_address(u64_at(addresses, at)).is_some_and(|guest| guest.is_multiple_of(align))
+        })
     }
 
     /// The guest address of one of the front end's, if a ring can begin there: with room for its indices.
@@ -146,22 +174,20 @@ impl Regions {
         })
     }
 
-    fn insert(&mut self, region: Region, file: OwnedFd) -> Result<(), String> {
-        region.check(&file)?;
+    /// A region may be added.
+    ///
+    /// # Errors
+    /// A line for the log.
+    pub fn admits(&self, region: &Region, file: &OwnedFd) -> Result<(), String> {
+        region.check(file)?;
         if self.0.len() >= Self::MAX {
             return Err(format!("more than {} regions", Self::MAX));
         }
-        if self.0.iter().any(|(known, _)| known.overlaps(&region)) {
+        if self.0.iter().any(|(known, _)| known.overlaps(region)) {
             return Err("two regions overlap".into());
         }
-        let place = self.0.partition_point(|(known, _)| known.guest < region.guest);
-        self.0.insert(place, (region, file));
         Ok(())
     }
-}
-
-fn duplicate(file: &OwnedFd) -> Result<OwnedFd, String> {
-    file.try_clone().map_err(|e| format!("a region's file: {e}"))
 }
 
 #[cfg(test)]
@@ -188,7 +214,7 @@ mod tests {
     fn unsorted_regions_are_sorted_and_padding_is_cut() {
         let body = [table(&[region(0x10_0000, 0x1000), region(0, 0x1000)]), vec![0; 32]].concat();
         let regions = Regions::from_table(&body, vec![file(0x1000), file(0x1000)]).unwrap();
-        let (sorted, files) = regions.to_table().unwrap();
+        let (sorted, files) = regions.into_table();
         assert_eq!(sorted, table(&[region(0, 0x1000), region(0x10_0000, 0x1000)]));
         assert_eq!(files.len(), 2);
     }
@@ -215,20 +241,21 @@ mod tests {
         assert!(Regions::from_table(&table(&[]), vec![]).is_err());
         let mut regions = Regions::default();
         for n in 0..Regions::MAX as u64 {
-            regions.add(region(n * 0x1000, 0x1000), file(0x1000)).unwrap();
+            regions.insert(region(n * 0x1000, 0x1000), file(0x1000));
         }
-        assert!(regions.add(region(1 << 30, 0x1000), file(0x1000)).is_err());
+        assert!(regions.admits(&region(1 << 30, 0x1000), &file(0x1000)).is_err());
     }
 
     #[test]
     fn a_region_is_found_and_forgotten_by_what_it_is() {
         let mut regions = Regions::default();
-        regions.add(region(0, 0x1000), file(0x1000)).unwrap();
+        regions.insert(region(0, 0x1000), file(0x1000));
         assert!(regions.contains(&Region::from_single(&region(0, 0x1000).to_single()).unwrap()));
-        assert!(!regions.remove(&region(0x1000, 0x1000)));
+        assert!(!regions.has(&region(0x1000, 0x1000)));
         assert_eq!(regions.guest_address((1 << 40) + 0x10), Some(0x10));
         assert_eq!(regions.guest_address((1 << 40) + 0xffd), None);
-        assert!(regions.remove(&region(0, 0x1000)));
+        assert!(regions.has(&region(0, 0x1000)));
+        regions.remove(&region(0, 0x1000));
         assert_eq!(regions.guest_address((1 << 40) + 0x10), None);
     }
 }

@@ -2,8 +2,10 @@
 //!
 //! It is a process of its own, small, with one thread; it never maps guest memory. It looks at every message
 //! ([`gate`]), answers what needs no worker, and passes the rest on to the worker that it forked, one message
-//! at a time. When the front end or the worker is gone, so is the keeper; the monitor then waits for the next
-//! connection.
+//! at a time. What the worker has acknowledged it remembers ([`session`]): when the worker dies, or hangs
+//! ([`watch`]), it forks another one and tells it everything again. The front end notices nothing, unless one
+//! worker after the other dies ([`deaths`]). When the front end is gone, so is the keeper; the monitor then waits
+//! for the next connection.
 //!
 //! ```text
 //!   front end --- gate --- session --- worker (forked; maps memory, moves frames)
@@ -11,28 +13,41 @@
 //! ```
 
 pub mod brief;
+pub mod deaths;
 pub mod door;
 pub mod files;
 pub mod gate;
 pub mod memory;
 pub mod message;
 pub mod process;
+pub mod session;
+pub mod watch;
 pub mod worker;
 
 use std::{
     fmt,
-    os::fd::{AsFd, AsRawFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, bail};
-use epoll::{ControlOptions, Event, Events};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+    time::{ClockId, clock_gettime},
+};
 
+use crate::ledger::Ledger;
 use brief::Brief;
+use deaths::{Cause, Deaths};
 use files::Descriptors;
 use gate::{Gate, Request, Step};
-use message::{Inbox, Message, REPLY, request::GET_VRING_BASE};
+use message::{
+    Inbox, Message, REPLY,
+    request::{ADD_MEM_REG, GET_VRING_BASE, SET_MEM_TABLE},
+};
 use process::Inherited;
+use watch::{Finding, Watch};
 use worker::{Worker, WorkerError};
 
 /// How long a message that has begun may take to be complete.
@@ -40,24 +55,14 @@ const MESSAGE_DEADLINE: Duration = Duration::from_secs(5);
 /// How long an answer may take to be taken by the front end.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(1);
 
-/// What woke the keeper.
+/// What woke the keeper, in the order in which it is dealt with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u64)]
-enum Token {
-    FrontEnd = 0,
-    WorkerEnded = 1,
-    Termination = 2,
-}
-
-impl Token {
-    const fn decode(data: u64) -> Option<Self> {
-        match data {
-            0 => Some(Self::FrontEnd),
-            1 => Some(Self::WorkerEnded),
-            2 => Some(Self::Termination),
-            _ => None,
-        }
-    }
+enum Event {
+    WorkerEnded,
+    Termination,
+    FrontEnd,
+    /// A kick, or the tap, is readable: something waits for the worker.
+    Work,
 }
 
 /// Serves the inherited connection until it ends, and says in the log what there is to say. False if its
@@ -88,9 +93,29 @@ fn begin(brief: Brief) -> anyhow::Result<(Keeper, OwnedFd)> {
     }
     let termination = process::termination().context("signalfd")?;
     files::set_nonblocking(&inherited.policies).context("policy socket")?;
-    let worker = Worker::start(&brief, &inherited)?;
-    let gate = Gate::new(brief, descriptors);
-    Ok((Keeper { front_end: inherited.front_end, gate, worker, inbox: Inbox::default() }, termination))
+    let ledger = Ledger::open(&inherited.ledger, brief.queue_pairs)?;
+    let gate = Gate::new(brief.clone(), descriptors);
+    let connection = connection_number();
+    let worker = Worker::fork(&brief, &inherited, connection)?;
+    let keeper = Keeper {
+        brief,
+        inherited,
+        ledger,
+        connection,
+        gate,
+        worker,
+        inbox: Inbox::default(),
+        deaths: Deaths::default(),
+        watch: Watch::default(),
+        is_whole: true,
+    };
+    Ok((keeper, termination))
+}
+
+/// A number that no other connection of this port has while the ledger lives: nanoseconds since boot.
+fn connection_number() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    now.tv_sec.unsigned_abs() * 1_000_000_000 + now.tv_nsec.unsigned_abs()
 }
 
 /// How a connection can end while all is well with us.
@@ -115,17 +140,25 @@ impl fmt::Display for End {
 }
 
 struct Keeper {
-    front_end: OwnedFd,
+    brief: Brief,
+    inherited: Inherited,
+    ledger: Ledger,
+    /// Tells the rings of this connection from those of another in the ledger.
+    connection: u64,
     gate: Gate,
     worker: Worker,
     inbox: Inbox,
+    deaths: Deaths,
+    watch: Watch,
+    /// The worker was told everything. It was not where a ring's memory is missing.
+    is_whole: bool,
 }
 
 impl Keeper {
     fn serve(mut self, termination: &OwnedFd) -> anyhow::Result<End> {
         let timeout = Some(ANSWER_DEADLINE);
         rustix::net::sockopt::set_socket_timeout(
-            &self.front_end,
+            &self.inherited.front_end,
             rustix::net::sockopt::Timeout::Send,
             timeout,
         )?;
@@ -140,47 +173,120 @@ impl Keeper {
 
     /// Handles events until the connection is to end; says why.
     fn attend(&mut self, termination: &OwnedFd) -> anyhow::Result<End> {
-        let epoll = epoll::create(true)?;
-        let sources = [
-            (self.front_end.as_raw_fd(), Token::FrontEnd),
-            (self.worker.pidfd().as_raw_fd(), Token::WorkerEnded),
-            (termination.as_raw_fd(), Token::Termination),
-        ];
-        for (fd, token) in sources {
-            epoll::ctl(epoll, ControlOptions::EPOLL_CTL_ADD, fd, Event::new(Events::EPOLLIN, token as u64))?;
+        // The first worker comes up like any other.
+        if let Err(why) = self.worker.open() {
+            self.replace_worker(why)?;
         }
         loop {
-            let mut event = [Event::new(Events::empty(), 0)];
-            let count = match epoll::wait(epoll, self.timeout_ms(), &mut event) {
-                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => continue,
-                other => other?,
-            };
-            if count == 0 {
-                bail!("a message was begun and not completed within {MESSAGE_DEADLINE:?}");
+            for event in self.wait(termination)? {
+                match event {
+                    Event::WorkerEnded => self.replace_worker(WorkerError::Ended)?,
+                    Event::Termination => return Ok(End::Asked),
+                    Event::FrontEnd => match self.receive() {
+                        Err(e) if matches!(e.downcast_ref(), Some(message::MessageError::Closed)) => {
+                            return Ok(End::HungUp);
+                        }
+                        other => other?,
+                    },
+                    Event::Work => self.watch = Watch::woken(self.ledger.pulse(), Instant::now()),
+                }
             }
-            let data = event[0].data;
-            match Token::decode(data) {
-                Some(Token::FrontEnd) => match self.receive() {
-                    Err(e) if matches!(e.downcast_ref(), Some(message::MessageError::Closed)) => {
-                        return Ok(End::HungUp);
-                    }
-                    other => other?,
-                },
-                Some(Token::WorkerEnded) => return Err(WorkerError::Ended.into()),
-                Some(Token::Termination) => return Ok(End::Asked),
-                None => {}
+            self.look_after_worker()?;
+        }
+    }
+
+    /// Waits for something to do.
+    fn wait(&self, termination: &OwnedFd) -> anyhow::Result<Vec<Event>> {
+        let mut sources = vec![
+            (Event::WorkerEnded, self.worker.pidfd()),
+            (Event::Termination, termination.as_fd()),
+            (Event::FrontEnd, self.inherited.front_end.as_fd()),
+        ];
+        if self.watch == Watch::Asleep {
+            sources.extend(self.work().map(|fd| (Event::Work, fd)));
+        }
+        let mut fds: Vec<_> = sources.iter().map(|(_, fd)| readable(*fd)).collect();
+        let until = self.deadlines().into_iter().flatten().min();
+        loop {
+            let rest = until.map(|until| until.saturating_duration_since(Instant::now()));
+            let rest = rest.and_then(|rest| Timespec::try_from(rest).ok());
+            match poll(&mut fds, rest.as_ref()) {
+                Ok(_) => break,
+                Err(Errno::INTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        if self.inbox.since().is_some_and(|since| since.elapsed() >= MESSAGE_DEADLINE) {
+            bail!("a message was begun and not completed within {MESSAGE_DEADLINE:?}");
+        }
+        let ready = sources.iter().zip(&fds).filter(|(_, fd)| !fd.revents().is_empty());
+        Ok(ready.map(|((event, _), _)| *event).collect())
+    }
+
+    /// What is readable when something waits for the worker: kicks, and the tap.
+    fn work(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.gate.session().kicks().chain([self.inherited.tap.as_fd()])
+    }
+
+    /// When to wake up at the latest: for the rest of a message, and to look after the worker.
+    fn deadlines(&self) -> [Option<Instant>; 2] {
+        [self.inbox.since().map(|since| since + MESSAGE_DEADLINE), self.watch.next()]
+    }
+
+    fn look_after_worker(&mut self) -> Result<(), WorkerError> {
+        let mut watch = self.watch;
+        let finding = watch.look(Instant::now(), self.ledger.pulse(), || self.something_waits());
+        self.watch = watch;
+        match finding {
+            Finding::Fine => Ok(()),
+            Finding::Knock => {
+                self.worker.knock();
+                Ok(())
+            }
+            Finding::Hangs => self.replace_worker(WorkerError::Hangs),
+        }
+    }
+
+    /// True if a kick, or the tap, is readable.
+    fn something_waits(&self) -> bool {
+        let mut fds: Vec<_> = self.work().map(readable).collect();
+        poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
+    }
+
+    /// The worker is gone, or of no use: another one, and the session again, until one stays.
+    fn replace_worker(&mut self, why: WorkerError) -> Result<(), WorkerError> {
+        let mut why = why;
+        loop {
+            let (cause, now) = (self.worker.bury(&why)?, Instant::now());
+            self.ledger.count_worker_death();
+            if let Some(deaths) = self.deaths.to_be_said(now) {
+                let by = if cause == Cause::Killed { ", killed" } else { "" };
+                tracing::warn!(deaths, "{why}{by}: another one takes over");
+            }
+            if let Err(too_many) = self.deaths.count(cause, now) {
+                self.ledger.count_connection_given_up();
+                return Err(too_many.into());
+            }
+            self.worker = Worker::fork(&self.brief, &self.inherited, self.connection)?;
+            match self.worker.open().and_then(|()| self.replay()) {
+                Ok(is_whole) => {
+                    self.is_whole = is_whole;
+                    self.deaths.revived();
+                    self.watch = Watch::woken(self.ledger.pulse(), Instant::now());
+                    return Ok(());
+                }
+                Err(again) => why = again,
             }
         }
     }
 
-    /// -1 waits for ever: nothing is begun.
-    fn timeout_ms(&self) -> i32 {
-        let rest = |since: Instant| MESSAGE_DEADLINE.saturating_sub(since.elapsed()).as_millis();
-        self.inbox.since().map_or(-1, |since| i32::try_from(rest(since)).unwrap_or(i32::MAX))
+    fn replay(&mut self) -> Result<bool, WorkerError> {
+        let Self { gate, worker, .. } = self;
+        gate.session().replay(&mut |code, body, files| worker.ask(code, body, files).map(drop))
     }
 
     fn receive(&mut self) -> anyhow::Result<()> {
-        while let Some(message) = self.inbox.receive(&self.front_end)? {
+        while let Some(message) = self.inbox.receive(&self.inherited.front_end)? {
             self.handle(message)?;
         }
         Ok(())
@@ -198,7 +304,7 @@ impl Keeper {
         let in_order = match self.gate.look(message)? {
             Step::Answer(body) => return self.answer(code, &body),
             Step::Ask(request) => {
-                let answer = self.worker.ask(&request)?;
+                let answer = self.ask(request)?;
                 if code == GET_VRING_BASE {
                     return self.answer(code, &answer);
                 }
@@ -207,8 +313,9 @@ impl Keeper {
             Step::AskAll(requests) => {
                 let mut all = true;
                 for request in requests {
-                    let answer = self.worker.ask(&request)?;
-                    all &= request.code == GET_VRING_BASE || is_success(&answer);
+                    let has_answer = request.code == GET_VRING_BASE;
+                    let answer = self.ask(request)?;
+                    all &= has_answer || is_success(&answer);
                 }
                 all
             }
@@ -217,20 +324,49 @@ impl Keeper {
         if acknowledge { self.answer(code, &u64::from(!in_order).to_ne_bytes()) } else { Ok(()) }
     }
 
+    /// Asks the worker, or the one after it, and keeps what was acknowledged. (Each request is harmless twice.)
+    fn ask(&mut self, asked: Request) -> Result<Vec<u8>, WorkerError> {
+        let answer = loop {
+            let files: Vec<_> = asked.files.iter().map(AsFd::as_fd).collect();
+            match self.worker.ask(asked.code, &asked.body, &files) {
+                Ok(answer) => break answer,
+                Err(why) => self.replace_worker(why)?,
+            }
+        };
+        let code = asked.code;
+        if code == GET_VRING_BASE || is_success(&answer) {
+            self.gate.remember(asked);
+        }
+        if !self.is_whole && (code == SET_MEM_TABLE || code == ADD_MEM_REG) {
+            let Self { gate, worker, .. } = self;
+            let again =
+                gate.session().replay_rings(&mut |code, body, files| worker.ask(code, body, files).map(drop));
+            match again {
+                Ok(is_whole) => self.is_whole = is_whole,
+                Err(why) => self.replace_worker(why)?,
+            }
+        }
+        Ok(answer)
+    }
+
     fn answer(&self, code: u32, body: &[u8]) -> anyhow::Result<()> {
-        message::send(self.front_end.as_fd(), code, REPLY, body, &[]).context("cannot answer the front end")
+        message::send(self.inherited.front_end.as_fd(), code, REPLY, body, &[])
+            .context("cannot answer the front end")
     }
 
     /// Stops every ring that runs: the batch in hand is finished, and nothing is taken any more.
     fn stop_rings(&mut self) {
         let rings: Vec<_> = self.gate.started().collect();
         for ring in rings {
-            let stop = Request { code: GET_VRING_BASE, body: gate::state(ring, 0), files: Vec::new() };
-            if self.worker.ask(&stop).is_err() {
+            if self.worker.ask(GET_VRING_BASE, &gate::state(ring, 0), &[]).is_err() {
                 return; // it is gone: there is nothing to stop
             }
         }
     }
+}
+
+fn readable(fd: BorrowedFd<'_>) -> PollFd<'_> {
+    PollFd::from_borrowed_fd(fd, PollFlags::IN)
 }
 
 /// An acknowledgement's payload is 0 for success.

@@ -11,7 +11,7 @@ use std::{
 };
 
 use rustix::{
-    event::{PollFd, PollFlags, Timespec, poll},
+    event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll},
     io::Errno,
     net::{
         AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, getsockname, listen,
@@ -22,7 +22,7 @@ use rustix::{
 
 use super::{
     brief::Brief,
-    gate::Request,
+    deaths::{Cause, TooMany},
     message::{self, Inbox, MessageError, NEED_REPLY, REPLY, request},
     process::{self, Inherited},
 };
@@ -34,6 +34,10 @@ use crate::{
 /// How long the worker may take for a request. Mapping memory and finishing a batch take microseconds; a
 /// worker that takes longer hangs, and a front end must not hang with it.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// How long a worker that hung up may take to end: it gives back its memory first.
+const DYING: Duration = Duration::from_secs(1);
+/// How long a killed worker may take to be gone: the kernel gives back a gigabyte in some 10 ms.
+const BURIAL: Duration = Duration::from_secs(60);
 
 /// The worker of this keeper.
 #[derive(Debug)]
@@ -41,6 +45,7 @@ pub struct Worker {
     pidfd: OwnedFd,
     session: OwnedFd,
     inbox: Inbox,
+    again: OwnedFd,
 }
 
 /// Why the worker cannot be used any more.
@@ -57,59 +62,102 @@ pub enum WorkerError {
     Gone(u32, MessageError),
     /// It did not answer.
     #[error("the worker did not answer request {0} within {PATIENCE:?}")]
-    Hangs(u32),
+    Silent(u32),
+    /// It does nothing although something waits for it.
+    #[error("the worker hangs")]
+    Hangs,
+    /// It was killed, and is still there.
+    #[error("the worker was killed and did not end within {BURIAL:?}")]
+    Immortal,
+    /// There is to be no other.
+    #[error(transparent)]
+    TooMany(#[from] TooMany),
+}
+
+impl WorkerError {
+    /// True if the worker does not do what it should, though it may be alive.
+    const fn is_hang(&self) -> bool {
+        matches!(self, Self::Silent(_) | Self::Hangs)
+    }
 }
 
 impl Worker {
-    /// Forks the worker and opens the session. The listener has an address of the kernel's choice in our
-    /// own empty network namespace, and is connected before the fork: nobody else can be first.
+    /// Forks the worker. The listener has an address of the kernel's choice in our own empty network namespace,
+    /// and is connected before the fork: nobody else can be first.
     ///
     /// # Errors
-    /// [`WorkerError`].
-    pub fn start(brief: &Brief, inherited: &Inherited) -> Result<Self, WorkerError> {
-        let (listener, session) = private_connection().map_err(std::io::Error::from)?;
-        let keep =
-            [listener.as_fd(), inherited.tap.as_fd(), inherited.ledger.as_fd(), inherited.policies.as_fd()];
-        let pidfd = process::fork(&keep, || worker::run(brief, inherited, listener.as_fd()))?;
-        let mut worker = Self { pidfd, session, inbox: Inbox::default() };
-        worker.open()?;
-        Ok(worker)
+    /// [`WorkerError::Start`].
+    pub fn fork(brief: &Brief, inherited: &Inherited, session: u64) -> Result<Self, WorkerError> {
+        let (listener, connection) = private_connection().map_err(std::io::Error::from)?;
+        let again =
+            eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).map_err(std::io::Error::from)?;
+        let keep = [
+            listener.as_fd(),
+            again.as_fd(),
+            inherited.tap.as_fd(),
+            inherited.ledger.as_fd(),
+            inherited.policies.as_fd(),
+        ];
+        let orders =
+            worker::Orders { brief, inherited, listener: listener.as_fd(), again: again.as_fd(), session };
+        let pidfd = process::fork(&keep, || worker::run(&orders))?;
+        Ok(Self { pidfd, session: connection, inbox: Inbox::default(), again })
     }
 
-    fn open(&mut self) -> Result<(), WorkerError> {
+    /// The opening of the session, the same for every worker.
+    ///
+    /// # Errors
+    /// [`WorkerError`]: it is dead or as good as dead.
+    pub fn open(&mut self) -> Result<(), WorkerError> {
         // The crate acknowledges nothing before it has seen GET_FEATURES and the protocol features.
-        self.ask_number(request::GET_FEATURES, None)?;
+        self.ask(request::GET_FEATURES, &[], &[])?;
         let protocol = protocol::MQ | protocol::REPLY_ACK | protocol::CONFIGURE_MEM_SLOTS;
-        self.ask_number(request::SET_PROTOCOL_FEATURES, Some(protocol))?;
-        self.ask_number(request::SET_OWNER, None)?;
-        self.ask_number(request::SET_FEATURES, Some(features::PROTOCOL_FEATURES))
-    }
-
-    fn ask_number(&mut self, code: u32, value: Option<u64>) -> Result<(), WorkerError> {
-        let body = value.map(|v| v.to_ne_bytes().to_vec()).unwrap_or_default();
-        self.ask(&Request { code, body, files: Vec::new() }).map(drop)
+        self.ask(request::SET_PROTOCOL_FEATURES, &protocol.to_ne_bytes(), &[])?;
+        self.ask(request::SET_OWNER, &[], &[])?;
+        self.ask(request::SET_FEATURES, &features::PROTOCOL_FEATURES.to_ne_bytes(), &[]).map(drop)
     }
 
     /// One request, one answer.
     ///
     /// # Errors
     /// [`WorkerError`]: it is dead or as good as dead.
-    pub fn ask(&mut self, asked: &Request) -> Result<Vec<u8>, WorkerError> {
-        let has_answer = matches!(asked.code, request::GET_FEATURES | request::GET_VRING_BASE);
+    pub fn ask(&mut self, code: u32, body: &[u8], files: &[BorrowedFd<'_>]) -> Result<Vec<u8>, WorkerError> {
+        let has_answer = matches!(code, request::GET_FEATURES | request::GET_VRING_BASE);
         let flags = if has_answer { 0 } else { NEED_REPLY };
-        let files: Vec<BorrowedFd<'_>> = asked.files.iter().map(AsFd::as_fd).collect();
-        let gone = |e| WorkerError::Gone(asked.code, e);
-        message::send(&self.session, asked.code, flags, &asked.body, &files).map_err(|e| gone(e.into()))?;
+        let gone = |e| WorkerError::Gone(code, e);
+        message::send(&self.session, code, flags, body, files).map_err(|e| gone(e.into()))?;
         let deadline = Instant::now() + PATIENCE;
         loop {
-            self.wait_readable(deadline).map_err(|_| WorkerError::Hangs(asked.code))?;
+            self.wait_readable(deadline).map_err(|_| WorkerError::Silent(code))?;
             match self.inbox.receive(&self.session).map_err(gone)? {
-                Some(answer) if answer.request == asked.code && answer.flags & REPLY != 0 => {
+                Some(answer) if answer.request == code && answer.flags & REPLY != 0 => {
                     return Ok(answer.body);
                 }
                 Some(_) | None => {}
             }
         }
+    }
+
+    /// Wakes the queues' threads.
+    pub fn knock(&self) {
+        let _ = rustix::io::write(&self.again, &1_u64.to_ne_bytes());
+    }
+
+    /// Ends it, whatever it does, and waits until all its threads are gone and its memory is given back: only
+    /// then may another one start. `why` it is of no use any more.
+    ///
+    /// # Errors
+    /// [`WorkerError::Immortal`].
+    pub fn bury(&self, why: &WorkerError) -> Result<Cause, WorkerError> {
+        let by_itself = !why.is_hang() && has_ended(&self.pidfd, DYING);
+        let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
+        if !has_ended(&self.pidfd, BURIAL) {
+            return Err(WorkerError::Immortal);
+        }
+        let status = waitid(WaitId::PidFd(self.pidfd.as_fd()), WaitIdOptions::EXITED).ok().flatten();
+        let signal = status.and_then(|status| status.terminating_signal());
+        let killed = by_itself && signal == Some(Signal::KILL.as_raw());
+        Ok(if killed { Cause::Killed } else { Cause::Own })
     }
 
     fn wait_readable(&self, deadline: Instant) -> Result<(), Errno> {
@@ -132,13 +180,23 @@ impl Worker {
     /// Hangs up and waits until the worker, having finished what it took, has ended; kills it if it does not.
     pub fn finish(self) {
         drop(self.session);
-        let patience = Timespec::try_from(PATIENCE).ok();
-        let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
-        if poll(&mut fds, patience.as_ref()) == Ok(0) {
+        if !has_ended(&self.pidfd, PATIENCE) {
             tracing::warn!("the worker did not end within {PATIENCE:?}: killed");
         }
         let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
         let _ = waitid(WaitId::PidFd(self.pidfd.as_fd()), WaitIdOptions::EXITED);
+    }
+}
+
+/// Waits for a process's end.
+fn has_ended(pidfd: &OwnedFd, within: Duration) -> bool {
+    let until = Instant::now() + within;
+    loop {
+        let rest = Timespec::try_from(until.saturating_duration_since(Instant::now())).ok();
+        match poll(&mut [PollFd::new(pidfd, PollFlags::IN)], rest.as_ref()) {
+            Err(Errno::INTR) => {}
+            ended => return ended.is_ok_and(|count| count > 0),
+        }
     }
 }
 

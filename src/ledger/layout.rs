@@ -1,22 +1,27 @@
 //! Where things are in the ledger, and the one mapping of it.
 //!
-//! The ledger is a memfd that the monitor creates and seals; a port's worker writes it, the monitor reads it.
-//! It outlives workers, keepers and connections. All of it is 64-bit words.
+//! The ledger is a memfd that the monitor creates and seals; a port's worker writes it, its keeper counts the
+//! workers' deaths in it, the monitor reads it. It outlives workers, keepers and connections. All of it is
+//! 64-bit words.
 //!
 //! ```text
-//!  word    0  magic | 1 layout version | 2 queue pairs | 3.. reserved
-//!  word  512  part 0: receive of pair 0      (128 words each, one writer each)
-//!  word  640  part 1: transmit of pair 0
-//!  word  768  part 2: receive of pair 1 ...
+//!  word    0  magic | 1 layout version | 2 queue pairs | 3 workers that died | 4 connections given up | 5..
+//!  word  512  part 0: receive of pair 0      (256 words each, one writer each)
+//!  word  768  part 1: transmit of pair 0
+//!  word 1024  part 2: receive of pair 1 ...
 //!
-//!  in a part   0  epoch: the slot epoch % 2 holds the counters
-//!              1  queue faults | 2 uncertain | 3..15 reserved for the recovery of a ring
-//!             16  slot 0: the counters in the order of Totals::words
+//!  in a part   0  epoch: the slot epoch % 2 is in force
+//!              1  queue faults | 2 heartbeat
+//!              3  session | 4 used ring: whose ring is being served, 0 if none
+//!              5  begun | 6 read | 7 ended: how far the batch in hand is, each as epoch << 16 | frames
+//!             16  slot 0: the counters in the order of Totals::words | ring index | held | uncertain
 //!             72  slot 1
+//!            128  log: how each frame of the batch in hand ended, 64 entries of two words (see `log`)
 //! ```
 //!
 //! A batch fills the spare slot and then flips the epoch, so a reader always finds one slot that nobody
-//! writes, and a writer that dies in the middle of a batch leaves the counters of the batch before.
+//! writes. The flip also ends the log: its words name the epoch that they belong to. So a writer that dies at
+//! any moment leaves one slot in force and, behind it, what it had done since (`recover` counts that).
 
 #![expect(unsafe_code, reason = "maps shared memory")]
 
@@ -32,32 +37,49 @@ use rustix::{
     mm::{MapFlags, ProtFlags, mmap, munmap},
 };
 
-use super::totals::Totals;
+use super::{log::ENTRIES, slot::Slot};
 
 const MAGIC: u64 = u64::from_le_bytes(*b"VMFLEDG\0");
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 const WORD: usize = size_of::<u64>();
 const FIRST_PART: usize = 512;
-const PART: usize = 128;
+const PART: usize = 256;
 const SLOTS: [usize; 2] = [16, 72];
-const _: () = assert!(SLOTS[0] + Totals::WORDS <= SLOTS[1] && SLOTS[1] + Totals::WORDS <= PART);
+const LOG: usize = 128;
+const _: () = assert!(SLOTS[0] + Slot::WORDS <= SLOTS[1] && SLOTS[1] + Slot::WORDS <= LOG);
+const _: () = assert!(LOG + 2 * ENTRIES <= PART);
 
 /// Words at the head of the ledger.
-mod head {
-    pub(super) const MAGIC: usize = 0;
-    pub(super) const VERSION: usize = 1;
-    pub(super) const PAIRS: usize = 2;
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum HeadWord {
+    Magic = 0,
+    Version = 1,
+    Pairs = 2,
+    /// Workers that died and were replaced, or not: written by the keeper.
+    WorkerDeaths = 3,
+    /// Connections that the keeper gave up because their workers kept dying.
+    GivenUp = 4,
 }
 
 /// Words at the head of a part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum PartWord {
-    /// The slot `epoch % 2` holds the counters.
+    /// The slot `epoch % 2` is in force.
     Epoch = 0,
     /// How often the queue was stopped for a bad head index or a jump of avail.idx.
     QueueFaults = 1,
-    /// Tap operations of which a dead worker left unknown whether they happened.
-    Uncertain = 2,
+    /// Changes whenever the queue's thread wakes up.
+    Heartbeat = 2,
+    /// The connection whose ring is being served; 0 if none is.
+    Session = 3,
+    /// The guest address of that ring's used ring.
+    UsedRing = 4,
+    /// Frames of this batch for which a tap write or read was begun.
+    Begun = 5,
+    /// Receive: frames of this batch that were read.
+    Read = 6,
+    /// Frames of this batch that ended: their log entries, and their elements of the used ring, are written.
+    Ended = 7,
 }
 
 /// Which part of a ledger: one direction of one queue pair.
@@ -74,6 +96,11 @@ impl Part {
     #[must_use]
     pub const fn transmit(pair: u16) -> Self {
         Self(2 * pair as usize + 1)
+    }
+    /// True for what the guest sends.
+    #[must_use]
+    pub const fn is_transmit(self) -> bool {
+        self.0 % 2 == 1
     }
     const fn start(self) -> usize {
         FIRST_PART + self.0 * PART
@@ -110,8 +137,9 @@ impl Ledger {
         ftruncate(&fd, bytes_for(pairs) as u64).map_err(io("size"))?;
         fcntl_add_seals(&fd, Self::SEALS).map_err(io("seal"))?;
         let ledger = Self { mapping: Arc::new(Mapping::new(&fd, bytes_for(pairs))?), pairs };
-        for (place, value) in [(head::VERSION, VERSION), (head::PAIRS, pairs.into()), (head::MAGIC, MAGIC)] {
-            ledger.mapping.words()[place].store(value, Ordering::Release);
+        let head = [(HeadWord::Version, VERSION), (HeadWord::Pairs, pairs.into()), (HeadWord::Magic, MAGIC)];
+        for (word, value) in head {
+            ledger.head_word(word).store(value, Ordering::Release);
         }
         Ok((ledger, fd))
     }
@@ -127,8 +155,9 @@ impl Ledger {
             return Err(LedgerError::Foreign(pairs));
         }
         let ledger = Self { mapping: Arc::new(Mapping::new(fd, bytes_for(pairs))?), pairs };
-        let word = |place: usize| ledger.mapping.words()[place].load(Ordering::Acquire);
-        if (word(head::MAGIC), word(head::VERSION), word(head::PAIRS)) != (MAGIC, VERSION, pairs.into()) {
+        let word = |word| ledger.head_word(word).load(Ordering::Acquire);
+        let head = (word(HeadWord::Magic), word(HeadWord::Version), word(HeadWord::Pairs));
+        if head != (MAGIC, VERSION, pairs.into()) {
             return Err(LedgerError::Foreign(pairs));
         }
         Ok(ledger)
@@ -142,6 +171,16 @@ impl Ledger {
         self.pairs
     }
 
+    /// Every part.
+    pub fn parts(&self) -> impl Iterator<Item = Part> + use<> {
+        (0..2 * usize::from(self.pairs)).map(Part)
+    }
+
+    /// A word at the head of the ledger.
+    pub(super) fn head_word(&self, word: HeadWord) -> &AtomicU64 {
+        &self.mapping.words()[word as usize]
+    }
+
     /// A word at the head of a part.
     pub(super) fn part_word(&self, part: Part, word: PartWord) -> &AtomicU64 {
         &self.mapping.words()[part.start() + word as usize]
@@ -150,7 +189,13 @@ impl Ledger {
     /// The words of the slot that belongs to an epoch.
     pub(super) fn slot(&self, part: Part, epoch: u64) -> &[AtomicU64] {
         let start = part.start() + SLOTS[usize::from(epoch % 2 == 1)];
-        &self.mapping.words()[start..start + Totals::WORDS]
+        &self.mapping.words()[start..start + Slot::WORDS]
+    }
+
+    /// The two words of an entry of the log.
+    pub(super) fn entry(&self, part: Part, place: usize) -> &[AtomicU64] {
+        let start = part.start() + LOG + 2 * (place % ENTRIES);
+        &self.mapping.words()[start..start + 2]
     }
 }
 

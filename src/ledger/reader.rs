@@ -4,7 +4,8 @@
 use std::sync::atomic::{Ordering, fence};
 
 use super::{
-    layout::{Ledger, Part, PartWord},
+    layout::{HeadWord, Ledger, Part, PartWord},
+    slot::Slot,
     totals::Totals,
 };
 
@@ -32,11 +33,11 @@ impl Known {
     /// Reads the ledger.
     pub fn refresh(&mut self, ledger: &Ledger) {
         if let Some(seen) = snapshot(ledger, self.part) {
-            self.gone_back += self.totals.advance_to(&seen) as u64;
+            self.gone_back += self.totals.advance_to(&seen.totals) as u64;
+            self.uncertain = self.uncertain.max(seen.uncertain);
         }
-        let word = |word| ledger.part_word(self.part, word).load(Ordering::Relaxed);
-        self.queue_faults = self.queue_faults.max(word(PartWord::QueueFaults));
-        self.uncertain = self.uncertain.max(word(PartWord::Uncertain));
+        let queue_faults = ledger.part_word(self.part, PartWord::QueueFaults).load(Ordering::Relaxed);
+        self.queue_faults = self.queue_faults.max(queue_faults);
     }
 
     /// The counters, as of the last refresh.
@@ -61,19 +62,48 @@ impl Known {
     }
 }
 
-/// The counters between two batches; nothing if the writer leaves us no quiet moment.
-fn snapshot(ledger: &Ledger, part: Part) -> Option<Totals> {
+impl Ledger {
+    /// Workers of the port that died.
+    #[must_use]
+    pub fn worker_deaths(&self) -> u64 {
+        self.head_word(HeadWord::WorkerDeaths).load(Ordering::Relaxed)
+    }
+
+    /// The keeper: a worker died.
+    pub fn count_worker_death(&self) {
+        self.head_word(HeadWord::WorkerDeaths).fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Connections that were given up because their workers kept dying.
+    #[must_use]
+    pub fn connections_given_up(&self) -> u64 {
+        self.head_word(HeadWord::GivenUp).load(Ordering::Relaxed)
+    }
+
+    /// The keeper: the connection is given up.
+    pub fn count_connection_given_up(&self) {
+        self.head_word(HeadWord::GivenUp).fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// The pulses of all queue pairs' threads together: changes whenever one of them wakes up.
+    #[must_use]
+    pub fn pulse(&self) -> u64 {
+        let beats =
+            self.parts().map(|part| self.part_word(part, PartWord::Heartbeat).load(Ordering::Relaxed));
+        beats.fold(0, u64::wrapping_add)
+    }
+}
+
+/// What was in force between two batches; nothing if the writer leaves us no quiet moment.
+fn snapshot(ledger: &Ledger, part: Part) -> Option<Slot> {
     let epoch = ledger.part_word(part, PartWord::Epoch);
     for _ in 0..TRIES {
         let before = epoch.load(Ordering::Acquire);
-        let mut words = [0; Totals::WORDS];
-        for (word, shared) in words.iter_mut().zip(ledger.slot(part, before)) {
-            *word = shared.load(Ordering::Relaxed);
-        }
+        let slot = Slot::load(ledger.slot(part, before));
         fence(Ordering::Acquire);
         // The slot of `before` is written again only after the epoch has moved on.
         if epoch.load(Ordering::Relaxed) == before {
-            return Some(Totals::from_words(&words));
+            return Some(slot);
         }
     }
     None
@@ -81,20 +111,35 @@ fn snapshot(ledger: &Ledger, part: Part) -> Option<Totals> {
 
 #[cfg(test)]
 mod tests {
-    use super::{super::writer::Account, *};
+    use super::{
+        super::{
+            log::{Ended, Fate},
+            totals::Volume,
+            writer::Account,
+        },
+        *,
+    };
+
+    fn ended() -> Ended {
+        Ended { volume: Volume::frame(1, 1, 1), suspect: false, fate: Fate::Passed, elements: 1 }
+    }
 
     #[test]
     fn what_was_not_committed_is_not_seen_and_is_gone_with_its_writer() {
         let (ledger, fd) = Ledger::create(1).unwrap();
         let mut account = Account::resume(&Ledger::open(&fd, 1).unwrap(), Part::transmit(0));
         let mut known = Known::new(Part::transmit(0));
-        account.totals().chains = 5;
-        let _ = account.commit();
-        account.totals().chains = 9;
+        for n in 0..9 {
+            account.record(&ended(), false);
+            account.confirm();
+            if n == 4 {
+                let _ = account.commit();
+            }
+        }
         known.refresh(&ledger);
         assert_eq!(known.totals().chains, 5);
         drop(account);
-        let mut successor = Account::resume(&ledger, Part::transmit(0));
+        let successor = Account::resume(&ledger, Part::transmit(0));
         assert_eq!(successor.totals().chains, 5);
     }
 
@@ -105,7 +150,10 @@ mod tests {
             [Part::receive(0), Part::transmit(0), Part::receive(1), Part::transmit(1)].into_iter().enumerate()
         {
             let mut account = Account::resume(&ledger, part);
-            account.totals().chains = n as u64 + 1;
+            for _ in 0..=n {
+                account.read(Some(1), false);
+                account.record(&ended(), false);
+            }
             let _ = account.commit();
         }
         let mut known = Known::new(Part::receive(1));
@@ -120,12 +168,12 @@ mod tests {
         let writer = std::thread::spawn(move || {
             let mut account = Account::resume(&theirs, Part::receive(0));
             for n in 1..=200_000_u64 {
-                *account.totals() = Totals::from_words(&[n; Totals::WORDS]);
+                account.slot.totals = Totals::from_words(&[n; Totals::WORDS]);
                 let _ = account.commit();
             }
         });
         while !writer.is_finished() {
-            if let Some(totals) = snapshot(&ledger, Part::receive(0)) {
+            if let Some(Slot { totals, .. }) = snapshot(&ledger, Part::receive(0)) {
                 assert!(totals.words().iter().all(|w| *w == totals.chains), "torn: {totals:?}");
             }
         }

@@ -8,7 +8,10 @@
 //!   both       normal + suspect = chains - in_flight      in frames, packets and bytes
 //! ```
 
-use super::reason::DropReason;
+use super::{
+    log::{Ended, Fate},
+    reason::DropReason,
+};
 
 /// How much traffic: four units of the same frames.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -104,6 +107,54 @@ impl Totals {
         totals.tap_operations = next();
         totals.tap_bytes = next();
         totals
+    }
+
+    /// Counts a frame that the guest sent.
+    pub const fn transmitted(&mut self, ended: &Ended) {
+        self.chains = self.chains.wrapping_add(1);
+        if matches!(ended.fate, Fate::Passed) {
+            self.tap_operation(ended.volume.bytes);
+        }
+        self.end(ended);
+    }
+
+    /// Counts a frame that was read from the tap: from now on it is in flight. `tap_bytes`: what the tap counts,
+    /// or nothing if the kernel could not hand the frame over.
+    pub const fn read(&mut self, tap_bytes: Option<u64>) {
+        self.chains = self.chains.wrapping_add(1);
+        self.in_flight = self.in_flight.wrapping_add(1);
+        if let Some(bytes) = tap_bytes {
+            self.tap_operation(bytes);
+        }
+    }
+
+    /// Counts what became of a frame that was read from the tap.
+    pub const fn received(&mut self, ended: &Ended) {
+        self.in_flight = self.in_flight.wrapping_sub(1);
+        self.end(ended);
+    }
+
+    const fn tap_operation(&mut self, bytes: u64) {
+        self.tap_operations = self.tap_operations.wrapping_add(1);
+        self.tap_bytes = self.tap_bytes.wrapping_add(bytes);
+    }
+
+    const fn end(&mut self, ended: &Ended) {
+        let volume = ended.volume;
+        if ended.suspect {
+            self.suspect.add(volume);
+        } else {
+            self.normal.add(volume);
+        }
+        match ended.fate {
+            Fate::Passed => self.passed.add(volume),
+            Fate::Dropped(reason) => {
+                let place = reason.index();
+                self.dropped[place] = self.dropped[place].wrapping_add(1);
+                self.dropped_packets = self.dropped_packets.wrapping_add(volume.packets);
+                self.dropped_bytes = self.dropped_bytes.wrapping_add(volume.bytes);
+            }
+        }
     }
 
     /// Dropped frames, all reasons.

@@ -118,6 +118,7 @@ impl<'p> Connection<'p> {
         // A successor starts only after keeper and worker are gone.
         while let Ok(Some(_)) = self.policies.receive().await {}
         self.keeper.reap_worker().await;
+        self.port.close_accounts();
         self.port.acknowledged.send_replace(Acknowledged::NoWorker);
         Ok(self.second.map(|(front_end, _)| front_end))
     }

@@ -186,6 +186,7 @@ fn count(port: &Port, config: &config::Port) -> PortStats {
         queue_faults: both(Known::queue_faults),
         refused_connections: port.refused(),
         connections: port.connections(),
+        connections_given_up: port.connections_given_up(),
         transmit: transmit.totals().into(),
         receive: receive.totals().into(),
     }

@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     keeper::brief::Brief,
-    ledger::{Known, Ledger, Part},
+    ledger::{Known, Ledger, Part, recover},
     policy::Policy,
     tap,
 };
@@ -46,7 +46,7 @@ pub struct Port {
     connected: Cell<bool>,
     connections: Cell<u64>,
     refused: Cell<u64>,
-    worker_restarts: Cell<u64>,
+    keeper_deaths: Cell<u64>,
 }
 
 /// How far the port's worker is with its policy.
@@ -107,7 +107,7 @@ impl Port {
             connected: Cell::new(false),
             connections: Cell::new(0),
             refused: Cell::new(0),
-            worker_restarts: Cell::new(0),
+            keeper_deaths: Cell::new(0),
         })
     }
 
@@ -166,9 +166,14 @@ impl Port {
         if status.success() {
             tracing::info!(vm, label, port, "the front end is disconnected");
         } else {
-            self.worker_restarts.set(self.worker_restarts.get() + 1);
+            self.keeper_deaths.set(self.keeper_deaths.get() + 1);
             tracing::warn!(vm, label, port, "keeper and worker died ({status}): the VMM may reconnect");
         }
+    }
+
+    /// Keeper and worker are gone: what they left unfinished is counted, since no ring goes on.
+    pub(super) fn close_accounts(&self) {
+        recover::abandon_all(&self.ledger);
     }
 
     /// A front end was not let in.
@@ -209,10 +214,15 @@ impl Port {
     pub const fn connections(&self) -> u64 {
         self.connections.get()
     }
-    /// Workers that died.
+    /// Workers that died: those that their keepers replaced, and those that died with their keepers.
     #[must_use]
-    pub const fn worker_restarts(&self) -> u64 {
-        self.worker_restarts.get()
+    pub fn worker_restarts(&self) -> u64 {
+        self.ledger.worker_deaths() + self.keeper_deaths.get()
+    }
+    /// Connections that keepers gave up because one worker after the other died.
+    #[must_use]
+    pub fn connections_given_up(&self) -> u64 {
+        self.ledger.connections_given_up()
     }
     /// Front ends refused: of another user, or because one was connected.
     #[must_use]

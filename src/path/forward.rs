@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     label::FrameLabel,
-    ledger::{DropReason, Volume},
+    ledger::{Account, DropReason, Fate, Volume},
 };
 
 /// The tap, as a worker sees it: one frame with a 12-byte virtio-net header per read or write, never
@@ -87,15 +87,6 @@ impl AsFd for Tap {
     }
 }
 
-/// How a frame ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fate {
-    /// The tap, or the guest, has it.
-    Passed,
-    /// Nobody has it.
-    Dropped(DropReason),
-}
-
 /// A frame of which nothing remains to be done but to count it.
 #[derive(Debug)]
 #[must_use]
@@ -134,14 +125,23 @@ pub struct TapFull(());
 ///
 /// # Errors
 /// [`TapFull`]: the frame was not sent and is not to be counted.
-pub fn forward(judged: Judged<Chain>, batch: &Batch<'_, '_>, tap: &Tap) -> Result<Outcome<Chain>, TapFull> {
+pub fn forward(
+    judged: Judged<Chain>,
+    batch: &Batch<'_, '_>,
+    tap: &Tap,
+    account: &mut Account,
+) -> Result<Outcome<Chain>, TapFull> {
     let fate = match judged.verdict() {
         Verdict::Drop(reason) => Fate::Dropped(reason),
         Verdict::Forward => {
             let (head, tail) = batch.image(judged.frame());
+            account.begin_tap_operation();
             match tap.write(head, tail) {
                 Ok(_) => Fate::Passed,
-                Err(Errno::AGAIN) => return Err(TapFull(())),
+                Err(Errno::AGAIN) => {
+                    account.withdraw_tap_operation();
+                    return Err(TapFull(()));
+                }
                 Err(Errno::IO | Errno::BADFD | Errno::NETDOWN | Errno::NODEV) => {
                     Fate::Dropped(DropReason::TapDown)
                 }

@@ -3,8 +3,8 @@
 //! ```text
 //! transmit  ring.take -> Chain ---> Labelled -> Inspected -> Judged -> Outcome -> Recorded -> ring.give_back
 //! receive   tap.read --> TapFrame -> Labelled -> Inspected -> Judged -> Outcome -> Recorded -> ring.give_back
-//!                                   label       inspect      judge     forward    account     ring.publish
-//!                                                                      place
+//!                                   label       inspect      judge     forward    account     account.confirm
+//!                                                                      place                  ring.publish
 //! ```
 //!
 //! Each type has private fields and is made in one module, by consuming the one before it; so the order of the
@@ -22,21 +22,28 @@
 //! ```
 //! A frame that was not judged cannot be forwarded:
 //! ```compile_fail,E0308
-//! # use vmflow::path::{chain::Chain, batch::Batch, inspect::Inspected, forward::{self, Tap}};
-//! fn skip_verdict(frame: Inspected<Chain>, batch: &Batch, tap: &Tap) { let _ = forward::forward(frame, batch, tap); }
+//! # use vmflow::{ledger::Account, path::{chain::Chain, batch::Batch, inspect::Inspected, forward::{self, Tap}}};
+//! fn skip_verdict(frame: Inspected<Chain>, batch: &Batch, tap: &Tap, account: &mut Account) {
+//!     let _ = forward::forward(frame, batch, tap, account);
+//! }
 //! ```
 //! Nor can one frame be forwarded twice:
 //! ```compile_fail,E0382
-//! # use vmflow::path::{chain::Chain, batch::Batch, judge::Judged, forward::{self, Tap}};
-//! fn twice(frame: Judged<Chain>, batch: &Batch, tap: &Tap) {
-//!     let _ = forward::forward(frame, batch, tap);
-//!     let _ = forward::forward(frame, batch, tap);
+//! # use vmflow::{ledger::Account, path::{chain::Chain, batch::Batch, judge::Judged, forward::{self, Tap}}};
+//! fn twice(frame: Judged<Chain>, batch: &Batch, tap: &Tap, account: &mut Account) {
+//!     let _ = forward::forward(frame, batch, tap, account);
+//!     let _ = forward::forward(frame, batch, tap, account);
 //! }
 //! ```
 //! A frame that was not counted cannot be given back to the guest:
 //! ```compile_fail,E0308
 //! # use vmflow::path::{chain::Chain, forward::Outcome, ring::OpenRing};
-//! fn skip_account(outcome: Outcome<Chain>, ring: &mut OpenRing) { ring.give_back(outcome); }
+//! fn skip_account(outcome: Outcome<Chain>, ring: &mut OpenRing) { let _ = ring.give_back(outcome); }
+//! ```
+//! A frame that was not given back cannot be confirmed in the ledger, where a later worker would find it:
+//! ```compile_fail,E0308
+//! # use vmflow::{ledger::Account, path::{account::{self, Recorded}, chain::Chain}};
+//! fn skip_give_back(recorded: Recorded<Chain>, ledger: &mut Account) { account::confirm(ledger, recorded); }
 //! ```
 //! And nothing becomes visible to the guest before it is in the ledger:
 //! ```compile_fail,E0061
@@ -97,7 +104,7 @@ pub struct Turn {
 
 impl Turn {
     /// Nothing could be done.
-    fn fault(fault: QueueFault) -> Self {
+    pub(crate) fn fault(fault: QueueFault) -> Self {
         Self { fault: Some(fault), ..Self::default() }
     }
 }

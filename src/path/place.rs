@@ -7,13 +7,13 @@ use vm_memory::VolatileSlice;
 
 use super::{
     chain::{DESCRIPTORS_MAX, Purpose, Walked},
-    forward::{Fate, Outcome, Tap},
+    forward::{Outcome, Tap},
     inspect::Link,
     judge::{Judged, Verdict},
     ring::{OpenRing, Pieces, QueueFault},
 };
 use crate::{
-    ledger::DropReason,
+    ledger::{DropReason, Fate},
     wire::vnet::{HEADER_LEN, VnetHeader},
 };
 
@@ -91,6 +91,11 @@ impl ReceiveBuffer {
     pub(super) fn prefix(&self) -> &[u8] {
         let end = HEADER_LEN.saturating_add(self.len.min(PREFIX));
         self.bytes.get(HEADER_LEN..end).unwrap_or_default()
+    }
+
+    /// How many chains are to be given back for the frame.
+    pub(super) fn heads(&self) -> u16 {
+        u16::try_from(self.heads.len()).unwrap_or(u16::MAX)
     }
 
     /// The chains that are to be given back for the frame, with the bytes written to each.

@@ -8,14 +8,14 @@ use virtio_queue::Queue;
 use super::{
     Port, Turn, account,
     batch::FRAMES,
-    forward::{Fate, Outcome},
+    forward::Outcome,
     inspect,
     judge::{Judged, judge},
     label,
     place::{Placed, ReceiveBuffer, TapFrame, place},
-    ring::{Areas, Memory, OpenRing, QueueFault},
+    ring::{self, Areas, Memory, OpenRing, QueueFault},
 };
-use crate::ledger::{Account, DropReason};
+use crate::ledger::{Account, DropReason, Fate};
 
 /// What a receive queue keeps between its turns.
 #[derive(Debug)]
@@ -39,15 +39,22 @@ enum End {
 }
 
 impl Receive {
-    /// Counts in this account. A frame that was in flight when the worker before us died is lost.
+    /// Counts in this account.
     #[must_use]
-    pub fn new(mut account: Account) -> Self {
-        let lost = std::mem::take(&mut account.totals().in_flight);
-        if lost > 0 {
-            account::lost(account.totals(), lost);
-            let _nothing_to_publish = account.commit();
-        }
+    pub fn new(account: Account) -> Self {
         Self { buffer: ReceiveBuffer::default(), held: None, account }
+    }
+
+    /// Before a ring's first batch: see [`settle`](super::ring::settle).
+    ///
+    /// # Errors
+    /// [`QueueFault::Outside`].
+    pub fn settle(&mut self, queue: &mut Queue, memory: &Memory, session: u64) -> Result<bool, QueueFault> {
+        let settled = ring::settle(queue, memory, &mut self.account, session);
+        if settled.is_err() {
+            self.account.queue_fault();
+        }
+        settled
     }
 
     /// Moves up to [`FRAMES`] frames. `mergeable`: the driver negotiated `MRG_RXBUF`.
@@ -69,7 +76,6 @@ impl Receive {
         let areas = Areas::find(queue, memory)?;
         let mut ring = OpenRing::open(queue, &areas)?;
         ring.suppress();
-        let before = *self.account.totals();
         let end = self.fill(&mut ring, port, mergeable);
         let more = match end {
             End::TapEmpty => Ok(false),
@@ -78,7 +84,7 @@ impl Receive {
             End::Waits => ring.rearm_for_more(),
             End::Fault(fault) => Err(fault),
         };
-        let signal = before != *self.account.totals() && ring.publish(self.account.commit());
+        let signal = ring.end(&mut self.account);
         Ok(Turn { signal, more: more == Ok(true), tap_full: false, fault: more.err() })
     }
 
@@ -90,8 +96,9 @@ impl Receive {
             };
             match place(judged, &mut self.buffer, ring, &port.link, mergeable) {
                 Placed::Done(outcome) => {
-                    let recorded = account::received(self.account.totals(), outcome);
-                    ring.give_back_placed(recorded, &mut self.buffer);
+                    let recorded = account::received(&mut self.account, outcome, &self.buffer);
+                    let given_back = ring.give_back_placed(recorded, &mut self.buffer);
+                    account::confirm(&mut self.account, given_back);
                 }
                 Placed::Waits(judged) => {
                     self.held = Some(judged);
@@ -118,8 +125,12 @@ impl Receive {
             Ok(false) => return Err(End::RingEmpty),
             Err(fault) => return Err(End::Fault(fault)),
         }
-        let frame = self.buffer.read(port.tap).ok_or(End::TapEmpty)?;
-        account::read(self.account.totals(), self.buffer.tap_bytes());
+        self.account.begin_tap_operation();
+        let Some(frame) = self.buffer.read(port.tap) else {
+            self.account.withdraw_tap_operation();
+            return Err(End::TapEmpty);
+        };
+        account::read(&mut self.account, &self.buffer, port.policy.label_of_frame());
         Ok(self.consider(frame, port))
     }
 
@@ -131,9 +142,9 @@ impl Receive {
     /// The ring stops: a frame that still waits is at its end.
     pub fn stop(&mut self, why: DropReason) {
         if let Some(judged) = self.held.take() {
-            let _nothing_to_give_back =
-                account::received(self.account.totals(), Outcome::new(judged, Fate::Dropped(why)));
-            let _nothing_to_publish = self.account.commit();
+            let outcome = Outcome::new(judged, Fate::Dropped(why));
+            let _nothing_to_give_back = account::received(&mut self.account, outcome, &self.buffer);
         }
+        self.account.end();
     }
 }

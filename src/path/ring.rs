@@ -18,7 +18,7 @@ use super::{
     chain::Chain,
     place::{ReceiveBuffer, TapFrame},
 };
-use crate::ledger::Committed;
+use crate::ledger::{Account, Committed, RingIdentity, fault::may_die};
 
 /// Guest memory, without a dirty log.
 pub type Memory = GuestMemoryMmap<()>;
@@ -73,6 +73,11 @@ impl<'m> Areas<'m> {
         })
     }
 }
+
+/// Proof that a frame's elements are in the used ring, where the guest does not see them yet.
+#[derive(Debug)]
+#[must_use = "a frame that was given back is to be confirmed in the ledger"]
+pub struct GivenBack(());
 
 /// A ring that is being worked on.
 #[derive(Debug)]
@@ -180,21 +185,28 @@ impl<'a, 'm> OpenRing<'a, 'm> {
     }
 
     /// Gives a transmit chain back. Only a frame that was counted can be given back.
-    pub fn give_back(&mut self, recorded: Recorded<Chain>) {
+    pub fn give_back(&mut self, recorded: Recorded<Chain>) -> GivenBack {
         self.give_back_head(recorded.into_frame().into_head(), 0);
+        GivenBack(())
     }
 
     /// Gives back the chains that hold a received frame (or none, if it was dropped).
-    pub fn give_back_placed(&mut self, recorded: Recorded<TapFrame>, buffer: &mut ReceiveBuffer) {
+    pub fn give_back_placed(
+        &mut self,
+        recorded: Recorded<TapFrame>,
+        buffer: &mut ReceiveBuffer,
+    ) -> GivenBack {
         let _the_frame_in_the_buffer = recorded.into_frame();
         for (head, bytes) in buffer.drain_heads() {
             self.give_back_head(head, bytes);
         }
+        GivenBack(())
     }
 
     fn give_back_head(&mut self, head: u16, bytes: u32) {
         let place = self.place(self.queue.next_used().wrapping_add(self.given_back));
         let element = u64::from(head) | u64::from(bytes) << 32;
+        may_die();
         self.used.store(place, element.to_le());
         self.given_back = self.given_back.wrapping_add(1);
     }
@@ -202,15 +214,17 @@ impl<'a, 'm> OpenRing<'a, 'm> {
     /// Ends the batch: one store makes everything that was given back visible to the guest. True if the
     /// guest wants a signal for it.
     #[must_use]
-    pub fn publish(self, _in_the_ledger: Committed) -> bool {
+    pub fn publish(self, in_the_ledger: Committed) -> bool {
         self.queue.set_next_avail(self.next);
-        if self.given_back == 0 {
+        let (old, new) = (self.queue.next_used(), in_the_ledger.into_index());
+        debug_assert_eq!(new, old.wrapping_add(self.given_back), "ring and ledger are of one mind");
+        if new == old {
             return false;
         }
-        let old = self.queue.next_used();
-        let new = old.wrapping_add(self.given_back);
+        may_die();
         self.indices.used_idx.store(new.to_le(), Ordering::Release);
         self.queue.set_next_used(new);
+        may_die();
         // The store above must be visible before the guest's wish is read (virtio 1.2, 2.7.7.2).
         fence(Ordering::SeqCst);
         if self.queue.event_idx_enabled() {
@@ -220,6 +234,16 @@ impl<'a, 'm> OpenRing<'a, 'm> {
             let flags = u16::from_le(self.indices.avail_flags.load(Ordering::Relaxed));
             u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0
         }
+    }
+
+    /// Ends the batch, in the ledger first if anything happened in it. True if the guest wants a signal.
+    #[must_use]
+    pub fn end(self, account: &mut Account) -> bool {
+        if account.has_news() {
+            return self.publish(account.commit());
+        }
+        self.queue.set_next_avail(self.next);
+        false
     }
 
     /// Asks the guest for a kick when it makes the next chain available. True if it has done so already.
@@ -264,6 +288,36 @@ impl<'a, 'm> OpenRing<'a, 'm> {
     fn place(&self, index: u16) -> usize {
         usize::from(index & self.size.wrapping_sub(1))
     }
+}
+
+/// Where a ring starts, before its first batch. Where a worker died on this very ring, what that one had done
+/// is counted, and published; else a ring starts at the guest's used index. True if the guest is to be
+/// signalled: the dead worker may not have come to it.
+///
+/// # Errors
+/// [`QueueFault::Outside`].
+pub fn settle(
+    queue: &mut Queue,
+    memory: &Memory,
+    account: &mut Account,
+    session: u64,
+) -> Result<bool, QueueFault> {
+    let used = memory.get_slice(GuestAddress(queue.used_ring()), 4).map_err(|_| QueueFault::Outside)?;
+    let used_idx = used.get_atomic_ref::<AtomicU16>(2).map_err(|_| QueueFault::Outside)?;
+    let seen = u16::from_le(used_idx.load(Ordering::Acquire));
+    let ring = RingIdentity { session, used_ring: queue.used_ring() };
+    // The guest may have written anything there; what cannot be is not gone by.
+    let left = account.take_over(ring).filter(|index| index.wrapping_sub(seen) <= queue.size());
+    if let Some(index) = left {
+        may_die();
+        used_idx.store(index.to_le(), Ordering::Release);
+    } else {
+        account.abandon();
+        account.begin(ring, seen);
+    }
+    queue.set_next_avail(account.index());
+    queue.set_next_used(account.index());
+    Ok(left.is_some())
 }
 
 /// Guest memory, with the region of the last look-up at hand.

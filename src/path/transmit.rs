@@ -11,7 +11,7 @@ use super::{
     inspect,
     judge::{Judged, judge},
     label,
-    ring::{Areas, Memory, OpenRing, Pieces, QueueFault},
+    ring::{self, Areas, Memory, OpenRing, Pieces, QueueFault},
 };
 use crate::ledger::Account;
 
@@ -38,6 +38,23 @@ impl Transmit {
         Self { storage: Storage::default(), account }
     }
 
+    /// Before a ring's first batch: see [`settle`](super::ring::settle).
+    ///
+    /// # Errors
+    /// [`QueueFault::Outside`].
+    pub fn settle(&mut self, queue: &mut Queue, memory: &Memory, session: u64) -> Result<bool, QueueFault> {
+        let settled = ring::settle(queue, memory, &mut self.account, session);
+        if settled.is_err() {
+            self.account.queue_fault();
+        }
+        settled
+    }
+
+    /// The ring stops.
+    pub fn stop(&mut self) {
+        self.account.end();
+    }
+
     /// Moves up to [`FRAMES`] frames.
     pub fn turn(&mut self, queue: &mut Queue, memory: &Memory, port: &Port<'_>) -> Turn {
         let turn = self.work(queue, memory, port).unwrap_or_else(Turn::fault);
@@ -54,11 +71,11 @@ impl Transmit {
         let mut batch = self.storage.begin();
         let mut frames = ArrayVec::new();
         let end = fill(&mut ring, &mut batch, &mut frames, port);
-        let taken = frames.len();
-        let mut waiting = u16::try_from(taken).unwrap_or(u16::MAX);
+        let mut waiting = u16::try_from(frames.len()).unwrap_or(u16::MAX);
         for judged in frames {
-            let Ok(outcome) = forward(judged, &batch, port.tap) else { break };
-            ring.give_back(account::transmitted(self.account.totals(), outcome));
+            let Ok(outcome) = forward(judged, &batch, port.tap, &mut self.account) else { break };
+            let given_back = ring.give_back(account::transmitted(&mut self.account, outcome));
+            account::confirm(&mut self.account, given_back);
             waiting = waiting.saturating_sub(1);
         }
         // The tap is full: the frame that it refused, and everything after it, goes back untouched. The tap
@@ -71,7 +88,7 @@ impl Transmit {
             End::Full => Ok(true),
             End::Fault(fault) => Err(fault),
         };
-        let signal = taken > 0 && ring.publish(self.account.commit());
+        let signal = ring.end(&mut self.account);
         Ok(Turn { signal, more: more == Ok(true), tap_full: !room, fault: more.err() })
     }
 }

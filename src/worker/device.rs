@@ -11,11 +11,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost_user_backend::{VhostUserBackend, VringT};
-use virtio_queue::QueueT;
+use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::{
     epoll::EventSet,
@@ -26,8 +25,15 @@ use super::vring::{Ring, SharedMemory};
 use crate::{
     features,
     keeper::brief::Brief,
-    ledger::{Account, DropReason, Ledger, Part},
-    path::{self, Turn, forward::Tap, inspect::Link, receive::Receive, transmit::Transmit},
+    ledger::{Account, DropReason, Ledger, Part, Pulse},
+    path::{
+        self, Turn,
+        forward::Tap,
+        inspect::Link,
+        receive::Receive,
+        ring::{Memory, QueueFault},
+        transmit::Transmit,
+    },
     policy::{
         Policy,
         handover::{self, Packet},
@@ -79,8 +85,9 @@ pub struct Device {
     brief: Brief,
     memory: SharedMemory,
     tap: Tap,
-    /// Readable when a turn was bounded and there is more to do.
+    /// Readable when a turn was bounded and there is more to do, and when the keeper wants to see a pulse.
     again: OwnedFd,
+    pulse: Pulse,
     policies: OwnedFd,
     acked: AtomicU64,
     rings: OnceLock<Vec<Ring>>,
@@ -92,6 +99,8 @@ pub struct Device {
 /// What the queue's thread changes. Its lock is held for a turn, so whoever takes it knows that no turn runs.
 #[derive(Debug)]
 struct Pair {
+    /// The connection's number, by which the ledger knows its rings.
+    session: u64,
     policy: Option<Policy>,
     transmit: Transmit,
     receive: Receive,
@@ -102,6 +111,15 @@ struct Pair {
 }
 
 impl Pair {
+    /// Before a ring's first batch. True if the guest is to be signalled.
+    fn begin(&mut self, ring: usize, queue: &mut Queue, memory: &Memory) -> Result<bool, QueueFault> {
+        if ring == RECEIVE {
+            self.receive.settle(queue, memory, self.session)
+        } else {
+            self.transmit.settle(queue, memory, self.session)
+        }
+    }
+
     /// True at most once in [`PAUSE`]: a guest may break its queue as often as it likes.
     fn may_say(&mut self) -> bool {
         let may = self.said.is_none_or(|said| said.elapsed() >= PAUSE);
@@ -121,37 +139,41 @@ pub struct Parts {
     pub memory: SharedMemory,
     /// The tap.
     pub tap: OwnedFd,
+    /// An eventfd that the keeper can write to as well.
+    pub again: OwnedFd,
     /// Where policies come from.
     pub policies: OwnedFd,
     /// Where to count.
     pub ledger: Ledger,
+    /// The connection's number, by which the ledger knows its rings.
+    pub session: u64,
 }
 
 impl Device {
     /// A device without memory, rings and policy: it passes nothing.
-    ///
-    /// # Errors
-    /// When the kernel gives no eventfd.
-    pub fn new(parts: Parts) -> io::Result<Self> {
-        let Parts { brief, memory, tap, policies, ledger } = parts;
-        let account = |part| Account::resume(&ledger, part);
-        Ok(Self {
+    #[must_use]
+    pub fn new(parts: Parts) -> Self {
+        let Parts { brief, memory, tap, again, policies, ledger, session } = parts;
+        let account = |part| Account::succeed(&ledger, part, session);
+        Self {
             brief,
             memory,
             tap: Tap::new(tap),
-            again: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?,
+            again,
+            pulse: Pulse::new(ledger.clone(), 0),
             policies,
             acked: AtomicU64::new(0),
             rings: OnceLock::new(),
             control: AtomicUsize::new(0),
             pair: Mutex::new(Pair {
+                session,
                 policy: None,
                 transmit: Transmit::new(account(Part::transmit(0))),
                 receive: Receive::new(account(Part::receive(0))),
                 tap_full: false,
                 said: None,
             }),
-        })
+        }
     }
 
     /// Gives the device its rings, which the crate made.
@@ -170,9 +192,11 @@ impl Device {
         ]
     }
 
-    /// The end: a frame that still waits is counted.
+    /// The end: a frame that still waits is counted, and no ring is served any more.
     pub fn finish(&self) {
-        self.pair().receive.stop(DropReason::RingDisabled);
+        let mut pair = self.pair();
+        pair.receive.stop(DropReason::RingDisabled);
+        pair.transmit.stop();
     }
 
     /// For the control thread: no turn runs while it holds this, and none comes before it.
@@ -218,18 +242,25 @@ impl Device {
             std::thread::yield_now();
         }
         let mut pair = self.pair();
-        let Pair { policy, transmit, receive, tap_full, .. } = &mut *pair;
         let memory = self.memory.memory();
         let mut state = vring.get_mut();
-        let (Some(policy), true) =
-            (policy, state.is_enabled() && state.get_queue().ready() && !vring.is_broken())
-        else {
+        let runs = state.is_enabled() && state.get_queue().ready() && !vring.is_broken();
+        if pair.policy.is_none() || !runs {
+            return Turn::default();
+        }
+        let queue = state.get_queue_mut();
+        let took_over = match vring.settle(|| pair.begin(ring, queue, &memory)) {
+            Ok(took_over) => took_over,
+            Err(fault) => {
+                vring.mark_broken(fault);
+                return Turn::fault(fault);
+            }
+        };
+        let Pair { policy: Some(policy), transmit, receive, tap_full, .. } = &mut *pair else {
             return Turn::default();
         };
-        let queue = state.get_queue_mut();
-        vring.settle(queue, &memory);
         let port = path::Port { policy, link: self.link(), tap: &self.tap };
-        let turn = if ring == RECEIVE {
+        let mut turn = if ring == RECEIVE {
             let mergeable = self.acked.load(Ordering::Relaxed) & features::MRG_RXBUF != 0;
             receive.turn(queue, &memory, &port, mergeable)
         } else {
@@ -240,6 +271,8 @@ impl Device {
         if let Some(fault) = turn.fault {
             vring.mark_broken(fault);
         }
+        // The worker before us may have died between publishing and signalling.
+        turn.signal |= took_over;
         turn
     }
 
@@ -277,8 +310,11 @@ impl Device {
     fn swap_policy(&self, generation: u64, file: &OwnedFd) -> Packet {
         match Policy::read(file) {
             Ok(policy) if policy.generation == generation && policy.label == self.brief.label() => {
-                self.pair().policy = Some(policy);
-                Packet::Acknowledged(generation)
+                // One that was meant for a worker before us may be older than what we have.
+                let in_force = &mut self.pair().policy;
+                let newest = in_force.filter(|known| known.generation > generation).unwrap_or(policy);
+                *in_force = Some(newest);
+                Packet::Acknowledged(newest.generation)
             }
             Ok(_) => Packet::Refused(generation),
             Err(e) => {
@@ -327,11 +363,23 @@ impl VhostUserBackend for Device {
         Ok(())
     }
 
-    /// When this returns no turn runs on the ring, and none will.
+    /// When this returns no turn runs on the ring, and none will. What a dead worker did on a ring that stops
+    /// before its first batch is published now, and the base that the front end is told is behind it.
     fn stop_vring(&self, index: u32) -> io::Result<()> {
         let mut pair = self.quiet();
-        if usize::try_from(index) == Ok(RECEIVE) {
-            pair.receive.stop(DropReason::RingDisabled);
+        let ring = usize::try_from(index).unwrap_or(usize::MAX);
+        if let Some(vring) = self.rings.get().and_then(|rings| rings.get(ring)) {
+            let mut state = vring.get_mut();
+            let memory = self.memory.memory();
+            if vring.settle(|| pair.begin(ring, state.get_queue_mut(), &memory)) == Ok(true) {
+                vring.signal();
+            }
+            vring.set_stopped();
+        }
+        match ring {
+            RECEIVE => pair.receive.stop(DropReason::RingDisabled),
+            TRANSMIT => pair.transmit.stop(),
+            _ => {}
         }
         Ok(())
     }
@@ -342,6 +390,7 @@ impl VhostUserBackend for Device {
 
     /// Never an error for something that the guest did: an error ends the thread.
     fn handle_event(&self, event: u16, set: EventSet, _rings: &[Ring], _thread: usize) -> io::Result<()> {
+        self.pulse.beat();
         match Token::decode(event) {
             Some(Token::ReceiveKick) => self.run(RECEIVE),
             Some(Token::TransmitKick) => self.run(TRANSMIT),

@@ -26,12 +26,28 @@ use crate::{
 use device::{Device, Parts};
 use vring::Ring;
 
+/// What a worker is forked with.
+#[derive(Clone, Copy, Debug)]
+pub struct Orders<'k> {
+    /// What the monitor said of the port.
+    pub brief: &'k Brief,
+    /// Tap, ledger and policy socket.
+    pub inherited: &'k Inherited,
+    /// Where the keeper has connected already.
+    pub listener: BorrowedFd<'k>,
+    /// An eventfd: written to by the worker when a turn was bounded, and by the keeper to see a pulse.
+    pub again: BorrowedFd<'k>,
+    /// The connection's number.
+    pub session: u64,
+}
+
 /// Runs in the forked child until the keeper hangs up; gives the exit code.
-pub fn run(brief: &Brief, inherited: &Inherited, listener: BorrowedFd<'_>) -> i32 {
-    if let Ok(name) = std::ffi::CString::new(brief.process_name('w')) {
+#[must_use]
+pub fn run(orders: &Orders<'_>) -> i32 {
+    if let Ok(name) = std::ffi::CString::new(orders.brief.process_name('w')) {
         let _ = rustix::thread::set_name(&name);
     }
-    match serve(brief, inherited, listener) {
+    match serve(orders) {
         Ok(()) => 0,
         Err(why) => {
             tracing::error!("the worker ends: {why:#}");
@@ -40,17 +56,20 @@ pub fn run(brief: &Brief, inherited: &Inherited, listener: BorrowedFd<'_>) -> i3
     }
 }
 
-fn serve(brief: &Brief, inherited: &Inherited, listener: BorrowedFd<'_>) -> anyhow::Result<()> {
+fn serve(orders: &Orders<'_>) -> anyhow::Result<()> {
+    let Orders { brief, inherited, listener, again, session } = *orders;
     let ledger = Ledger::open(&inherited.ledger, brief.queue_pairs)?;
     let memory = GuestMemoryAtomic::new(Memory::new());
     let parts = Parts {
         brief: brief.clone(),
         memory: memory.clone(),
         tap: inherited.tap.try_clone()?,
+        again: again.try_clone_to_owned()?,
         policies: inherited.policies.try_clone()?,
         ledger,
+        session,
     };
-    let device = Arc::new(Device::new(parts)?);
+    let device = Arc::new(Device::new(parts));
     let name = brief.process_name('w');
     let (daemon, rings) = Ring::made_in(|| VhostUserDaemon::new(name, Arc::clone(&device), memory));
     let mut daemon = daemon.map_err(|e| anyhow::anyhow!("vhost-user daemon: {e}"))?;

@@ -22,7 +22,7 @@ use std::{
 use epoll::{ControlOptions, Event, Events};
 use vhost_user_backend::{VringMutex, VringStateGuard, VringStateMutGuard, VringT};
 use virtio_queue::{Error as QueueError, QueueT};
-use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
+use vm_memory::GuestMemoryAtomic;
 
 use crate::path::ring::{Memory, QueueFault};
 
@@ -45,7 +45,6 @@ const OUTSIDE: u8 = 2;
 #[derive(Clone)]
 pub struct Ring {
     inner: VringMutex<SharedMemory>,
-    memory: SharedMemory,
     own: Arc<Own>,
 }
 
@@ -127,19 +126,24 @@ impl Ring {
         self.own.broken.load(Ordering::Relaxed) != SOUND
     }
 
-    /// Before the first batch of a ring that became ready: where it starts. The guest may have cleared the
-    /// ring after it was set up (a firmware's driver hands over to the kernel's), so this is looked up late.
-    pub fn settle(&self, queue: &mut virtio_queue::Queue, memory: &Memory) {
-        if self.own.fresh.swap(false, Ordering::Relaxed) {
-            start_at_used_index(queue, memory);
+    /// Before the first batch of a ring that became ready: where it starts, which `begin` finds out. The guest
+    /// may have cleared the ring after it was set up (a firmware's driver hands over to the kernel's), so this is
+    /// looked up late. Gives what `begin` says; false for any later batch.
+    ///
+    /// # Errors
+    /// What `begin` says; it is then asked again before the next batch.
+    pub fn settle(&self, begin: impl FnOnce() -> Result<bool, QueueFault>) -> Result<bool, QueueFault> {
+        if !self.own.fresh.load(Ordering::Relaxed) {
+            return Ok(false);
         }
+        let place = begin();
+        self.own.fresh.store(place.is_err(), Ordering::Relaxed);
+        place
     }
-}
 
-fn start_at_used_index(queue: &mut virtio_queue::Queue, memory: &Memory) {
-    if let Ok(index) = queue.used_idx(memory, Ordering::Acquire) {
-        queue.set_next_avail(index.0);
-        queue.set_next_used(index.0);
+    /// The ring is stopped: nothing is to be settled any more.
+    pub fn set_stopped(&self) {
+        self.own.fresh.store(false, Ordering::Relaxed);
     }
 }
 
@@ -165,8 +169,8 @@ impl<'a> VringStateMutGuard<'a, SharedMemory> for Ring {
 
 impl VringT<SharedMemory> for Ring {
     fn new(memory: SharedMemory, max_queue_size: u16) -> Result<Self, QueueError> {
-        let inner = VringMutex::new(memory.clone(), max_queue_size)?;
-        let ring = Self { inner, memory, own: Arc::default() };
+        let inner = VringMutex::new(memory, max_queue_size)?;
+        let ring = Self { inner, own: Arc::default() };
         MADE.with_borrow_mut(|made| made.push(ring.clone()));
         Ok(ring)
     }
@@ -175,15 +179,15 @@ impl VringT<SharedMemory> for Ring {
         self.control(|inner| {
             let mut state = inner.get_mut();
             if ready {
-                start_at_used_index(state.get_queue_mut(), &self.memory.memory());
+                // A ring that stops before its first batch is still to be settled.
+                self.own.fresh.store(true, Ordering::Relaxed);
             }
-            self.own.fresh.store(ready, Ordering::Relaxed);
             self.own.broken.store(SOUND, Ordering::Relaxed);
             state.get_queue_mut().set_ready(ready);
         });
     }
 
-    /// Where a ring starts is decided when it becomes ready.
+    /// Where a ring starts is decided before its first batch.
     fn set_queue_next_avail(&self, _base: u16) {}
     fn set_queue_next_used(&self, _index: u16) {}
 

@@ -18,6 +18,7 @@ mod traffic;
 mod wire;
 
 mod content;
+mod deaths;
 mod ending;
 mod offload;
 mod policy;

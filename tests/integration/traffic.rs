@@ -105,6 +105,11 @@ impl Traffic {
         came
     }
 
+    /// Frames of the host that the kernel took and that never came to the guest.
+    pub fn lost_to_guest(&self) -> u64 {
+        self.injected - count(&self.delivered)
+    }
+
     /// Goes on until `frames` more have come each way: it flows.
     pub fn flow(&mut self, rig: &Rig, vm: usize, device: &mut Device, frames: u64) {
         let (arrived, delivered) = (count(&self.arrived), count(&self.delivered));

@@ -89,7 +89,7 @@ pub struct PortStats {
     pub connected: bool,
     /// Number of queue pairs.
     pub queue_pairs: u16,
-    /// Workers that were started in place of one that ended.
+    /// Workers that died. Another one took over, and the front end noticed nothing; or it was connected anew.
     pub worker_restarts: u64,
     /// Tap writes and reads whose end is unknown, because a worker died in them.
     pub uncertain: u64,
@@ -99,6 +99,9 @@ pub struct PortStats {
     pub refused_connections: u64,
     /// Connections accepted.
     pub connections: u64,
+    /// Connections closed by us because one worker after the other died: a guest or front end that breaks each.
+    #[serde(default)]
+    pub connections_given_up: u64,
     /// What the guest sent.
     pub transmit: Transmit,
     /// What came for the guest.

@@ -23,6 +23,7 @@ use crate::{
 };
 
 mod receive;
+mod recovery;
 mod transmit;
 
 const NEXT: u16 = 1;
@@ -35,6 +36,9 @@ const USED: u64 = 0x2000;
 /// Where the guest keeps its buffers; the second memory region begins at `SEAM`.
 const BUFFERS: u64 = 0x1_0000;
 const SEAM: u64 = 0x10_0000;
+
+/// The connection's number.
+const SESSION: u64 = 1;
 
 /// A guest with one queue, and a tap.
 struct Rig {
@@ -49,6 +53,8 @@ struct Rig {
     acked: u64,
     avail: u16,
     mtu: u16,
+    /// The ring's first batch is still to come.
+    fresh: bool,
 }
 
 fn rig() -> Rig {
@@ -64,7 +70,7 @@ fn rig() -> Rig {
     near.set_nonblocking(true).unwrap();
     far_end.set_nonblocking(true).unwrap();
     let (ledger, _) = Ledger::create(1).unwrap();
-    let account = |part| Account::resume(&ledger, part);
+    let account = |part| Account::succeed(&ledger, part, SESSION);
     Rig {
         transmit: Transmit::new(account(Part::transmit(0))),
         receive: Receive::new(account(Part::receive(0))),
@@ -78,6 +84,7 @@ fn rig() -> Rig {
         tap: Tap::new(OwnedFd::from(near)),
         mtu: 1500,
         avail: 0,
+        fresh: true,
         memory,
         queue,
         far_end,
@@ -137,14 +144,20 @@ impl Rig {
     }
 
     fn transmit(&mut self) -> Turn {
+        let took_over = self.fresh && self.transmit.settle(&mut self.queue, &self.memory, SESSION).unwrap();
+        self.fresh = false;
         let port = Port { policy: &self.policy, link: self.link(), tap: &self.tap };
-        self.transmit.turn(&mut self.queue, &self.memory, &port)
+        let turn = self.transmit.turn(&mut self.queue, &self.memory, &port);
+        Turn { signal: turn.signal || took_over, ..turn }
     }
 
     fn receive(&mut self) -> Turn {
+        let took_over = self.fresh && self.receive.settle(&mut self.queue, &self.memory, SESSION).unwrap();
+        self.fresh = false;
         let port = Port { policy: &self.policy, link: self.link(), tap: &self.tap };
         let mergeable = self.acked & features::MRG_RXBUF != 0;
-        self.receive.turn(&mut self.queue, &self.memory, &port, mergeable)
+        let turn = self.receive.turn(&mut self.queue, &self.memory, &port, mergeable);
+        Turn { signal: turn.signal || took_over, ..turn }
     }
 
     fn totals(&self, part: Part) -> Totals {

@@ -136,7 +136,9 @@ fn a_frame_that_a_dead_worker_held_is_counted_as_lost_by_its_successor() {
     rig.post(0, 100);
     let _ = rig.receive();
     assert_eq!(rig.got().in_flight, 1);
-    rig.receive = Receive::new(Account::resume(&rig.ledger, Part::receive(0)));
+    rig.receive = Receive::new(Account::succeed(&rig.ledger, Part::receive(0), SESSION));
+    rig.fresh = true;
+    let _ = rig.receive();
     let got = rig.got();
     assert_eq!((got.chains, got.in_flight, dropped(&got, DropReason::Restart)), (1, 0, 1));
 }

@@ -175,8 +175,7 @@ fn with_event_idx_the_guest_is_signalled_only_where_it_asked() {
 #[test]
 fn the_indices_wrap_without_a_lost_or_doubled_frame() {
     let mut rig = rig();
-    rig.queue.set_next_avail(65_500);
-    rig.queue.set_next_used(65_500);
+    rig.memory.write_obj(65_500_u16.to_le(), GuestAddress(USED + 2)).unwrap();
     rig.avail = 65_500;
     for n in 0..200_u64 {
         rig.offer(0, &with_header(&frame(60)));
