@@ -5,6 +5,8 @@
 
 #![allow(dead_code, reason = "each test program uses a part")]
 
+pub mod harass;
+
 use std::{
     fs,
     io::{BufRead, BufReader},
@@ -299,12 +301,9 @@ impl Vmflow {
         let mut found = Vec::new();
         let mut parents = vec![self.pid()];
         while let Some(parent) = parents.pop() {
-            let children =
-                fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).unwrap_or_default();
-            for child in children.split_whitespace().filter_map(|pid| pid.parse::<u32>().ok()) {
+            for child in children(parent) {
                 parents.push(child);
-                let name = fs::read_to_string(format!("/proc/{child}/comm")).unwrap_or_default();
-                if name.starts_with(prefix) {
+                if name(child).starts_with(prefix) {
                     found.push(child);
                 }
             }
@@ -337,6 +336,17 @@ impl Drop for Vmflow {
             let _ = self.child.wait();
         }
     }
+}
+
+/// The processes that a process has started.
+pub fn children(parent: u32) -> Vec<u32> {
+    let listed = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).unwrap_or_default();
+    listed.split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
+}
+
+/// A process's name; nothing if it has gone.
+pub fn name(pid: u32) -> String {
+    fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim().to_owned()
 }
 
 /// How many frames of a direction were dropped for a reason.

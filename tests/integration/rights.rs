@@ -19,7 +19,7 @@ use vmflow_driver::{
 };
 
 use crate::{
-    harness::{PATIENCE, wait_for},
+    harness::{PATIENCE, name, wait_for},
     rig::{NAMES, Rig, passes},
 };
 
@@ -33,10 +33,6 @@ fn status(pid: u32, key: &str) -> String {
     let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'));
     line.unwrap_or_else(|| panic!("no {key} in {text}")).trim().to_owned()
-}
-
-fn name(pid: u32) -> String {
-    fs::read_to_string(format!("/proc/{pid}/comm")).unwrap().trim().to_owned()
 }
 
 /// One process without any right.
@@ -80,7 +76,7 @@ fn keepers_and_workers_have_no_rights_and_are_called_by_their_vm() {
         has_no_rights(*pid);
     }
     let users = |name: &str| {
-        let of = |pid: &&u32| self::name(**pid).ends_with(name);
+        let of = |pid: &&u32| crate::harness::name(**pid).ends_with(name);
         processes.iter().filter(of).map(|pid| status(*pid, "Uid")).collect::<Vec<_>>()
     };
     assert_ne!(users(NAMES[0]), users(NAMES[1]), "each VM has a user of its own");
