@@ -1,24 +1,15 @@
-//! The host's side of the bench: the tap, a packet socket that feeds it, the plain loop, processors and clocks.
+//! The host's side of the benches: the tap, a packet socket that feeds it, processors and clocks.
 
-#![expect(unsafe_code, reason = "packet sockets, ioctls and writev by hand")]
+#![expect(unsafe_code, reason = "packet sockets and namespaces")]
 
 use std::{
     fs,
-    io::IoSlice,
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
     process::Command,
     time::{Duration, Instant},
 };
 
-use rustix::{
-    event::{PollFd, PollFlags, poll},
-    io::Errno,
-    thread::{CpuSet, sched_setaffinity},
-    time::{ClockId, clock_gettime},
-};
-
-/// An empty `virtio_net_hdr_v1`.
-const HEADER: [u8; 12] = [0; 12];
+use rustix::thread::{CpuSet, sched_setaffinity};
 
 /// Moves this process to a network namespace of its own.
 pub fn own_network() {
@@ -46,7 +37,7 @@ pub fn wait_for(what: &str, state: impl Fn() -> bool) {
 }
 
 /// A persistent tap whose frames from the guest are dropped at ingress.
-pub struct Tap(&'static str);
+pub struct Tap(pub &'static str);
 
 impl Tap {
     pub fn persistent(name: &'static str) -> Self {
@@ -99,11 +90,6 @@ pub fn descendant(pid: u32, prefix: &str) -> Option<u32> {
     })
 }
 
-fn thread_cpu() -> u64 {
-    let time = clock_gettime(ClockId::ThreadCPUTime);
-    time.tv_sec.unsigned_abs() * 1_000_000_000 + time.tv_nsec.unsigned_abs()
-}
-
 /// A packet socket on the tap: what it sends waits in the tap's queue.
 pub struct Sender(OwnedFd);
 
@@ -129,72 +115,6 @@ impl Sender {
         for _ in 0..times {
             let sent = rustix::net::send(&self.0, frame, rustix::net::SendFlags::empty());
             assert_eq!(sent, Ok(frame.len()), "the tap's queue is full");
-        }
-    }
-}
-
-/// What every simple backend does: a `writev` of header and frame, a `read`, for each frame.
-pub struct Plain {
-    fd: OwnedFd,
-    name: &'static str,
-}
-
-impl Plain {
-    pub fn attach(tap: &Tap) -> Self {
-        let fd = vmflow::tap::attach(tap.0).expect("the tap is free");
-        wait_for("the carrier", || carrier(tap.0));
-        Self { fd, name: tap.0 }
-    }
-
-    /// ns of CPU per frame.
-    pub fn transmit(&mut self, len: usize, frames: u64) -> f64 {
-        // As many different buffers as a ring has, as far apart as a guest's.
-        let buffers: Vec<Vec<u8>> = (0..1024).map(|_| super::frame(len)).collect();
-        self.measured(frames, |fd| {
-            for frame in buffers.iter().cycle().take(usize::try_from(frames).expect("small")) {
-                let written = rustix::io::writev(fd, &[IoSlice::new(&HEADER), IoSlice::new(frame)]);
-                assert_eq!(written, Ok(HEADER.len() + len));
-            }
-        })
-    }
-
-    pub fn receive(&mut self, len: usize, frames: u64, burst: u16) -> f64 {
-        let (sender, frame) = (Sender::on(self.name), super::frame(len));
-        let (mut spent, mut total) = (0.0, 0);
-        while total < frames {
-            sender.send(&frame, burst);
-            spent += self.measured(1, |fd| read_all(fd, burst));
-            total += u64::from(burst);
-        }
-        #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
-        let frames = total as f64;
-        spent / frames
-    }
-
-    fn measured(&self, frames: u64, work: impl FnOnce(&OwnedFd) + Send) -> f64 {
-        let used = std::thread::scope(|scope| {
-            let thread = scope.spawn(|| {
-                pin(super::BACKEND_CPU);
-                let before = thread_cpu();
-                work(&self.fd);
-                thread_cpu() - before
-            });
-            thread.join().expect("the plain loop")
-        });
-        super::per_frame(used, frames)
-    }
-}
-
-fn read_all(fd: &OwnedFd, frames: u16) {
-    let mut buffer = vec![0; 1 << 16];
-    let mut came = 0;
-    while came < frames {
-        match rustix::io::read(fd, &mut buffer[..]) {
-            Ok(_) => came += 1,
-            Err(Errno::AGAIN) => {
-                let _ = poll(&mut [PollFd::new(fd, PollFlags::IN)], None);
-            }
-            Err(e) => unreachable!("the tap: {e}"),
         }
     }
 }

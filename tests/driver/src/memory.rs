@@ -47,6 +47,9 @@ pub struct Layout {
     pub spans: Vec<Span>,
     /// Whether the files can neither shrink nor grow any more, as with QEMU's `memory-backend-memfd`.
     pub sealed: bool,
+    /// Whether the files are of huge pages (2 `MiB`): every size and offset must be a multiple of that, and the
+    /// host must have set enough of them aside (`vm.nr_hugepages`).
+    pub huge: bool,
     /// Where allocations go.
     pub placement: Placement,
 }
@@ -64,7 +67,7 @@ impl Layout {
     /// Sealed files, the regions given, allocations in the first with room.
     #[must_use]
     pub fn of(spans: Vec<Span>) -> Self {
-        Self { spans, sealed: true, placement: Placement::First }
+        Self { spans, sealed: true, huge: false, placement: Placement::First }
     }
 
     /// One region at guest address 0.
@@ -104,6 +107,12 @@ impl Layout {
     #[must_use]
     pub fn unsealed(self) -> Self {
         Self { sealed: false, ..self }
+    }
+
+    /// The same with huge pages.
+    #[must_use]
+    pub fn huge(self) -> Self {
+        Self { huge: true, ..self }
     }
 }
 
@@ -202,7 +211,7 @@ impl Memory {
     pub fn new(layout: &Layout) -> Result<Self, MemoryError> {
         let count = layout.spans.iter().map(|span| span.file + 1).max().unwrap_or(0);
         let ends = (0..count).map(|file| file_end(&layout.spans, file));
-        let files = ends.map(|end| memfd(end, layout.sealed)).collect::<Result<Vec<_>, _>>()?;
+        let files = ends.map(|end| memfd(end, layout)).collect::<Result<Vec<_>, _>>()?;
         let mut regions = Vec::with_capacity(layout.spans.len());
         for (turn, span) in layout.spans.iter().enumerate() {
             let length = usize::try_from(span.size).map_err(|_| MemoryError::TooLarge(*span))?;
@@ -335,10 +344,11 @@ fn file_end(spans: &[Span], file: usize) -> u64 {
     spans.iter().filter(|span| span.file == file).map(|span| span.offset + span.size).max().unwrap_or(0)
 }
 
-fn memfd(size: u64, sealed: bool) -> io::Result<OwnedFd> {
-    let file = memfd_create("guest", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+fn memfd(size: u64, layout: &Layout) -> io::Result<OwnedFd> {
+    let kind = if layout.huge { MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB } else { MemfdFlags::empty() };
+    let file = memfd_create("guest", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | kind)?;
     ftruncate(&file, size)?;
-    if sealed {
+    if layout.sealed {
         fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
     }
     Ok(file)
