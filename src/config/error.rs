@@ -51,6 +51,12 @@ pub enum ConfigError {
         /// How it is written.
         example: &'static str,
     },
+    /// More or fewer VMs than one where one is to be added.
+    #[error("describes {0} VMs: one is added at a time")]
+    NotOne(usize),
+    /// A request that is no JSON object.
+    #[error("is not a JSON object with the keys of a [[vm]] table: {0}")]
+    NotAnObject(String),
     /// A VM without ports.
     #[error("the VM {0:?} has no port: add a [[vm.port]] table with a socket and a tap")]
     NoPort(String),
@@ -148,13 +154,22 @@ pub enum Place {
     },
     /// A file that has no lines, because it could not be read.
     WholeFile(PathBuf),
-    /// A character of the n-th `--vm`.
+    /// A character of the n-th argument that describes a VM.
     VmArgument {
-        /// Which `--vm`, from 1.
+        /// What these arguments are called: `--vm`, or `argument`.
+        kind: &'static str,
+        /// Which of them, from 1.
         nth: usize,
         /// The column.
         column: usize,
     },
+    /// What a request says about a VM, or about one of its ports.
+    Request {
+        /// Which of its ports, from 1.
+        port: Option<usize>,
+    },
+    /// A VM that was added while the monitor ran, by the file that it is kept in.
+    Added(PathBuf),
     /// Another argument of the command line, as `--control`.
     Argument(&'static str),
     /// Nowhere: the value that a key has when it is not written.
@@ -166,7 +181,10 @@ impl fmt::Display for Place {
         match self {
             Self::File { path, line, column } => write!(f, "{}:{line}:{column}", path_on_one_line(path)),
             Self::WholeFile(path) => f.write_str(&path_on_one_line(path)),
-            Self::VmArgument { nth, column } => write!(f, "--vm number {nth}, column {column}"),
+            Self::VmArgument { kind, nth, column } => write!(f, "{kind} number {nth}, column {column}"),
+            Self::Request { port: None } => f.write_str("the request"),
+            Self::Request { port: Some(port) } => write!(f, "the request, port number {port}"),
+            Self::Added(path) => write!(f, "{} (added while running)", path_on_one_line(path)),
             Self::Argument(option) => f.write_str(option),
             Self::Default(key) => write!(f, "the default of {key:?}"),
         }
@@ -210,6 +228,12 @@ impl Faults {
     /// The faults in the order of their places.
     pub fn iter(&self) -> impl Iterator<Item = &Fault> {
         self.0.iter()
+    }
+
+    /// True if nothing is wrong but that other VMs have what this one wants.
+    #[must_use]
+    pub fn are_conflicts(&self) -> bool {
+        self.iter().all(|fault| matches!(fault.error, ConfigError::Taken { .. }))
     }
 }
 

@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use super::{
     NetNs, TapName,
-    error::ConfigError,
+    error::{ConfigError, Place},
     source::{Source, Sources, Spot},
     values,
 };
@@ -117,6 +117,12 @@ impl Judge {
                 self.sources.fault(spot, ConfigError::Taken { what, first });
             }
         }
+    }
+
+    /// Notes what a VM, or the monitor itself, has already: it was judged before.
+    pub(super) fn occupy(&mut self, place: Place, claims: impl IntoIterator<Item = Claim>) {
+        let spot = self.sources.whole(Source::Known(place));
+        self.claims.extend(claims.into_iter().map(|claim| (claim, spot)));
     }
 
     /// Judges a socket's path and claims it.

@@ -9,6 +9,7 @@
 //! After that there are no checks: a [`Config`] is valid in itself. What only the host can tell (is the tap
 //! busy, is there room for a label) is judged where it is used.
 
+mod addition;
 mod error;
 mod ids;
 mod judge;
@@ -18,6 +19,7 @@ mod spelling;
 mod strict;
 mod values;
 mod vms;
+mod written;
 
 use std::{
     ops::RangeInclusive,
@@ -27,6 +29,7 @@ use std::{
 use uuid::Uuid;
 
 pub use self::{
+    addition::Described,
     error::{ConfigError, Fault, Faults, Place},
     strict::suspect_action,
     values::{Mac, Mode, NetNs, TapName, vm_name},
@@ -72,6 +75,8 @@ pub struct Daemon {
 /// One VM.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Vm {
+    /// Where it was written.
+    pub at: Place,
     /// Its name, one of a kind.
     pub name: String,
     /// What it is known by where it has one: the name may change then.

@@ -1,4 +1,5 @@
-//! The texts that a configuration is made of, and reading them: files as TOML, `--vm` as `key=value,...`.
+//! The texts that a configuration is made of, and reading them: files as TOML, arguments as `key=value,...`,
+//! requests as JSON.
 
 use std::{
     collections::HashSet,
@@ -15,7 +16,7 @@ use toml::{
 
 use super::{
     error::{ConfigError, Fault, Place, on_one_line},
-    loose::{List, LooseId, LoosePeer, LoosePort, LooseVm},
+    loose::{List, LooseId, LoosePeer, LoosePort, LooseVm, LooseVms},
 };
 
 /// Most wrong keys and types that are reported for one file: after so many, the rest is noise.
@@ -27,11 +28,18 @@ pub(super) enum Source {
         path: PathBuf,
         text: String,
     },
-    /// The n-th `--vm`.
+    /// The n-th argument of this kind that describes a VM.
     Vm {
+        kind: &'static str,
         nth: usize,
         text: String,
     },
+    /// A request, as TOML.
+    Request {
+        text: String,
+    },
+    /// Something that was judged before.
+    Known(Place),
     Argument(&'static str),
     Default(&'static str),
 }
@@ -83,9 +91,11 @@ impl Sources {
                 let (line, column) = line_and_column(text, spot.offset);
                 Place::File { path: path.clone(), line, column }
             }
-            Some(Source::Vm { nth, text }) => {
-                Place::VmArgument { nth: *nth, column: line_and_column(text, spot.offset).1 }
+            Some(Source::Vm { kind, nth, text }) => {
+                Place::VmArgument { kind, nth: *nth, column: line_and_column(text, spot.offset).1 }
             }
+            Some(Source::Request { text }) => Place::Request { port: port_at(text, spot.offset) },
+            Some(Source::Known(place)) => place.clone(),
             Some(Source::Argument(name)) => Place::Argument(name),
             Some(Source::Default(key)) => Place::Default(key),
             None => Place::Default("nothing"),
@@ -109,6 +119,11 @@ impl Sources {
         self.fault(spot, error);
     }
 
+    /// True if nothing was found wrong yet.
+    pub(super) fn is_flawless(&self) -> bool {
+        self.faults.is_empty()
+    }
+
     /// Everything that was found wrong, in the order of the places.
     pub(super) fn into_faults(mut self) -> Vec<Fault> {
         self.faults.sort_by_key(|(spot, _)| *spot);
@@ -119,7 +134,26 @@ impl Sources {
     /// others are still compared with it; a file that is no TOML does not come out at all.
     pub(super) fn read_toml<T: DeserializeOwned>(&mut self, path: &Path) -> Option<(usize, T)> {
         let (number, text) = self.read_text(path)?;
-        let (mut table, syntax) = DeTable::parse_recoverable(&text);
+        Some((number, self.parse_toml(number, &text)?))
+    }
+
+    /// Reads a request: one VM, as JSON.
+    pub(super) fn read_request(&mut self, json: &[u8]) -> Option<(usize, LooseVms)> {
+        match toml_of_json(json) {
+            Ok(text) => {
+                let number = self.add(Source::Request { text: text.clone() });
+                Some((number, self.parse_toml(number, &text)?))
+            }
+            Err(why) => {
+                let spot = self.whole(Source::Request { text: String::new() });
+                self.fault(spot, ConfigError::NotAnObject(on_one_line(&why)));
+                None
+            }
+        }
+    }
+
+    fn parse_toml<T: DeserializeOwned>(&mut self, number: usize, text: &str) -> Option<T> {
+        let (mut table, syntax) = DeTable::parse_recoverable(text);
         // What follows the first error of syntax is often its echo.
         if let Some(error) = syntax.into_iter().min_by_key(|error| error.span().map(|span| span.start)) {
             let offset = error.span().map_or(0, |span| span.start);
@@ -130,7 +164,7 @@ impl Sources {
         // serde stops at the first fault: note it, take its key out, and read on.
         for _ in 0..MOST_FAULTS_PER_FILE {
             let error = match T::deserialize(Deserializer::from(table.clone())) {
-                Ok(value) => return Some((number, value)),
+                Ok(value) => return Some(value),
                 Err(error) => error,
             };
             let span = error.span().unwrap_or_default();
@@ -178,9 +212,14 @@ impl Sources {
         self.faults.push((spot, Fault { place: Place::WholeFile(path.to_owned()), error }));
     }
 
-    /// Reads the n-th `--vm`: one VM with one port.
-    pub(super) fn read_argument(&mut self, nth: usize, text: &str) -> (usize, Spanned<LooseVm>) {
-        let number = self.add(Source::Vm { nth, text: text.to_owned() });
+    /// Reads the n-th argument of this kind: one VM with one port.
+    pub(super) fn read_argument(
+        &mut self,
+        kind: &'static str,
+        nth: usize,
+        text: &str,
+    ) -> (usize, Spanned<LooseVm>) {
+        let number = self.add(Source::Vm { kind, nth, text: text.to_owned() });
         let mut vm = LooseVm::default();
         let mut port = LoosePort::default();
         let mut seen: Vec<&str> = Vec::new();
@@ -303,6 +342,38 @@ fn unknown_key(key: &str, keys: &[&str]) -> ConfigError {
     ConfigError::UnknownKey { key: key.to_owned(), hint }
 }
 
+/// One VM in JSON as a file of `vms.d` has it; a key without a value is a key that is not there. What is
+/// wrong, if it is no object.
+fn toml_of_json(json: &[u8]) -> Result<String, String> {
+    let mut vm: serde_json::Value = serde_json::from_slice(json).map_err(|error| error.to_string())?;
+    if !vm.is_object() {
+        return Err("it has no braces around it".to_owned());
+    }
+    remove_nulls(&mut vm);
+    toml::to_string(&serde_json::json!({ "vm": [vm] })).map_err(|error| error.to_string())
+}
+
+fn remove_nulls(value: &mut serde_json::Value) {
+    match value {
+        serde_json::Value::Object(keys) => {
+            keys.retain(|_, value| !value.is_null());
+            keys.values_mut().for_each(remove_nulls);
+        }
+        serde_json::Value::Array(elements) => elements.iter_mut().for_each(remove_nulls),
+        _ => {}
+    }
+}
+
+/// Which port of a request's VM a byte belongs to.
+fn port_at(text: &str, offset: usize) -> Option<usize> {
+    let rest_of_line = text.get(offset..).and_then(|rest| rest.find('\n')).unwrap_or_default();
+    let before = text.get(..offset + rest_of_line).unwrap_or(text);
+    let mut tables = before.lines().filter(|line| line.starts_with('['));
+    let ports = tables.clone().filter(|line| *line == "[[vm.port]]").count();
+    let last = tables.next_back().unwrap_or_default();
+    last.trim_start_matches('[').starts_with("vm.port").then_some(ports).filter(|port| *port > 0)
+}
+
 /// Line and column of a byte, both from 1; the column in characters.
 fn line_and_column(text: &str, offset: usize) -> (usize, usize) {
     let before = text.get(..offset).unwrap_or(text);
@@ -326,7 +397,7 @@ mod tests {
     #[test]
     fn an_argument_is_a_vm_with_one_port() {
         let mut sources = Sources::default();
-        let (_, vm) = sources.read_argument(1, "name=a,socket=/s=1,mtu=1500,peer=64055");
+        let (_, vm) = sources.read_argument("--vm", 1, "name=a,socket=/s=1,mtu=1500,peer=64055");
         assert!(sources.into_faults().is_empty());
         let vm = vm.into_inner();
         assert_eq!(vm.name.unwrap().into_inner(), "a");
@@ -338,7 +409,7 @@ mod tests {
     #[test]
     fn every_fault_of_an_argument_is_told_with_its_column() {
         let mut sources = Sources::default();
-        sources.read_argument(2, "name=a,sokcet=/s,tap,mtu=big,name=b");
+        sources.read_argument("--vm", 2, "name=a,sokcet=/s,tap,mtu=big,name=b");
         let lines: Vec<String> = sources.into_faults().iter().map(ToString::to_string).collect();
         assert_eq!(
             lines,

@@ -13,7 +13,7 @@ use super::{
     error::ConfigError,
     ids::GROUPS,
     judge::{Judge, at},
-    loose::{LooseDaemon, LooseMain, LooseRules, LooseSuspect, LooseVms},
+    loose::{LooseDaemon, LooseMain, LooseRules, LooseSuspect},
     source::Spot,
     values,
     vms::Vms,
@@ -41,14 +41,12 @@ pub(super) fn load(origins: &Origins) -> Result<Config, Faults> {
 
     let mut vms = Vms::new(&mut judge, labels);
     vms.judge_all(number, main.vm);
-    for file in vm_files(vms.judge, origins.file.as_deref()) {
-        if let Some((number, loose)) = vms.judge.sources.read_toml::<LooseVms>(&file) {
-            vms.judge_all(number, loose.vm);
-        }
+    if let Some(main) = &origins.file {
+        vms.judge_files(&main.with_file_name(VMS_DIR));
     }
-    for (n, argument) in origins.vms.iter().enumerate() {
-        let (number, vm) = vms.judge.sources.read_argument(n + 1, argument);
-        vms.judge_one(number, vm);
+    vms.judge_arguments("--vm", &origins.vms);
+    if let Some(daemon) = &daemon {
+        vms.judge_added(&added_dir(&daemon.state));
     }
     let vms = vms.finish();
 
@@ -147,24 +145,21 @@ fn label_range(text: &str) -> Result<RangeInclusive<Label>, ConfigError> {
     }
 }
 
-/// The files with VMs beside the main file, in the order of their names.
-fn vm_files(judge: &mut Judge, main: Option<&Path>) -> Vec<PathBuf> {
-    let Some(dir) = main.map(|file| file.with_file_name(VMS_DIR)) else { return Vec::new() };
-    let listed = fs::read_dir(&dir).and_then(|entries| {
-        entries.map(|entry| entry.map(|entry| entry.path())).collect::<io::Result<Vec<_>>>()
-    });
-    match listed {
-        Ok(mut files) => {
-            files.retain(|file| is_vm_file(file));
-            files.sort();
-            files
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
-        Err(error) => {
-            judge.sources.unreadable(&dir, &error);
-            Vec::new()
-        }
-    }
+/// Where VMs that were added while running are kept: files as in `vms.d`, below the state directory.
+pub(super) fn added_dir(state: &Path) -> PathBuf {
+    state.join(VMS_DIR)
+}
+
+/// The files with VMs in a directory, in the order of their names; none if it is not there.
+pub(super) fn vm_files(dir: &Path) -> io::Result<Vec<PathBuf>> {
+    let entries = match fs::read_dir(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries?,
+    };
+    let mut files = entries.map(|entry| entry.map(|entry| entry.path())).collect::<io::Result<Vec<_>>>()?;
+    files.retain(|file| is_vm_file(file));
+    files.sort();
+    Ok(files)
 }
 
 /// Editors and package managers leave other names, and hidden ones, beside the files.

@@ -1,16 +1,16 @@
 //! VMs and ports: each value judged, and nothing claimed twice.
 
-use std::{fmt, ops::RangeInclusive};
+use std::{collections::HashMap, fmt, io, ops::RangeInclusive, path::Path};
 
 use toml::Spanned;
 use uuid::Uuid;
 
 use super::{
-    Mac, Mode, NetNs, Port, SuspectAction, TapName, Vm,
+    Mac, Mode, NetNs, Place, Port, SuspectAction, TapName, Vm,
     error::ConfigError,
     ids::{GROUPS, USERS},
     judge::{At, Claim, Judge, Needed, at},
-    loose::{List, LooseId, LoosePeer, LoosePort, LooseVm},
+    loose::{List, LooseId, LoosePeer, LoosePort, LooseVm, LooseVms},
     source::Spot,
     strict, values,
 };
@@ -46,25 +46,72 @@ pub(super) struct Vms<'j> {
     /// The host's labels; none while the range itself is at fault.
     labels: Option<RangeInclusive<Label>>,
     drafts: Vec<Draft>,
+    /// Sources of VMs that were added while running, and their places.
+    added: HashMap<usize, Place>,
 }
 
 impl<'j> Vms<'j> {
     pub(super) fn new(judge: &'j mut Judge, labels: Option<RangeInclusive<Label>>) -> Self {
-        Self { judge, labels, drafts: Vec::new() }
+        Self { judge, labels, drafts: Vec::new(), added: HashMap::new() }
     }
 
     /// The VMs, whole if the judge found no fault.
     pub(super) fn finish(self) -> Vec<Vm> {
+        let Self { judge, drafts, added, .. } = self;
         let vm = |draft: Draft| {
+            let name = draft.name?;
+            let at = added.get(&name.spot.source).cloned().unwrap_or_else(|| judge.sources.place(name.spot));
             Some(Vm {
-                name: draft.name?.value,
+                at,
+                name: name.value,
                 uuid: draft.uuid.map(|uuid| uuid.value),
                 label: draft.label.map(|label| label.value),
                 suspect: draft.suspect,
                 ports: draft.ports,
             })
         };
-        self.drafts.into_iter().filter_map(vm).collect()
+        drafts.into_iter().filter_map(vm).collect()
+    }
+
+    /// All files of a directory.
+    pub(super) fn judge_files(&mut self, dir: &Path) {
+        match strict::vm_files(dir) {
+            Ok(files) => files.iter().for_each(|file| {
+                self.judge_file(file);
+            }),
+            Err(error) => self.judge.sources.unreadable(dir, &error),
+        }
+    }
+
+    /// The directory of VMs that were added while running. Whoever may not look into the state directory
+    /// does not see them: the monitor itself says so when it opens it.
+    pub(super) fn judge_added(&mut self, dir: &Path) {
+        match strict::vm_files(dir) {
+            Ok(files) => {
+                for file in files {
+                    if let Some(source) = self.judge_file(&file) {
+                        self.added.insert(source, Place::Added(file));
+                    }
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
+            Err(error) => self.judge.sources.unreadable(dir, &error),
+        }
+    }
+
+    /// A file with VMs and nothing else; the number of its source.
+    pub(super) fn judge_file(&mut self, file: &Path) -> Option<usize> {
+        let (number, loose) = self.judge.sources.read_toml::<LooseVms>(file)?;
+        self.judge_all(number, loose.vm);
+        Some(number)
+    }
+
+    /// Arguments of this kind.
+    pub(super) fn judge_arguments(&mut self, kind: &'static str, arguments: &[String]) {
+        for (n, argument) in arguments.iter().enumerate() {
+            let (number, vm) = self.judge.sources.read_argument(kind, n + 1, argument);
+            self.judge_one(number, vm);
+        }
     }
 
     pub(super) fn judge_all(&mut self, source: usize, vms: List<Spanned<LooseVm>>) {
