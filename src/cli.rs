@@ -12,12 +12,13 @@ use std::{
 };
 
 use clap::{Args, Parser, Subcommand, error::ErrorKind};
+use uuid::Uuid;
 
 use crate::{
     client::{self, Action, ClientError},
-    config::{self, Config, DEFAULT_CONTROL, DEFAULT_FILE, Faults, Origins, Vm},
+    config::{self, Config, DEFAULT_CONTROL, DEFAULT_FILE, Described, Faults, Origins, Vm},
     keeper::{self, brief::Brief},
-    monitor::{self, registry::RegistryError},
+    monitor::{self, api::Which, change::ChangeError},
 };
 
 /// Longest reason for a tag, in bytes: it is shown in tables and kept for ever.
@@ -72,10 +73,10 @@ impl CliError {
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         let is_configuration = |error: &anyhow::Error| {
-            error.downcast_ref::<RegistryError>().is_some_and(RegistryError::is_configuration)
+            error.downcast_ref::<ChangeError>().is_some_and(ChangeError::is_configuration)
         };
         match self {
-            Self::Usage(_) | Self::Config(_) => Self::USAGE,
+            Self::Usage(_) | Self::Config(_) | Self::Ask(ClientError::Invalid(_)) => Self::USAGE,
             Self::Run(error) if is_configuration(error) => Self::USAGE,
             Self::Output(_) | Self::Ask(_) | Self::Run(_) | Self::Said => Self::OTHER,
         }
@@ -87,7 +88,8 @@ impl CliError {
         match self {
             Self::Said => Vec::new(),
             Self::Config(faults) => faults.iter().map(|fault| format!("vmflow: {fault}")).collect(),
-            _ => vec![format!("vmflow: {self}")],
+            // The monitor, too, may tell several faults of a configuration.
+            _ => self.to_string().lines().map(|line| format!("vmflow: {line}")).collect(),
         }
     }
 }
@@ -144,6 +146,27 @@ enum LowCommand {
         /// The VM's name
         vm: String,
     },
+    /// Add a VM to those that are served; kept over restarts
+    Add {
+        /// The VM: name=NAME,socket=PATH,tap=IFNAME and, if wanted, label, uuid, mac, mtu, mode, netns and
+        /// peer; each further one is another port of it
+        #[arg(value_name = "KEY=VALUE,...", required_unless_present = "file")]
+        vm: Vec<String>,
+        /// The VM as in a file in vms.d
+        #[arg(long, value_name = "FILE", conflicts_with = "vm")]
+        file: Option<PathBuf>,
+    },
+    /// Remove a VM that was added, and retire its label
+    Remove {
+        /// The VM's name
+        #[arg(required_unless_present = "uuid")]
+        vm: Option<String>,
+        /// The VM with this UUID
+        #[arg(long, conflicts_with = "vm")]
+        uuid: Option<Uuid>,
+    },
+    /// Read the configuration files again, and serve what they say now
+    Reload,
     /// Hold one front end's connection
     #[command(hide = true)]
     Keeper {
@@ -222,6 +245,16 @@ impl LowArgs {
                 Command::Ask { control, action }
             }
             LowCommand::Clear { vm } => Command::Ask { control, action: Action::Clear { vm: vm_name(&vm)? } },
+            LowCommand::Add { vm, file } => {
+                let described = file.map_or(Described::Arguments(vm), Described::File);
+                Command::Ask { control, action: Action::Add(Box::new(described.judge()?)) }
+            }
+            LowCommand::Remove { vm, uuid } => {
+                let name = |vm: Option<String>| vm_name(&vm.unwrap_or_default()).map(Which::Name);
+                let which = uuid.map_or_else(|| name(vm), |uuid| Ok(Which::Uuid(uuid)))?;
+                Command::Ask { control, action: Action::Remove(which) }
+            }
+            LowCommand::Reload => Command::Ask { control, action: Action::Reload },
             LowCommand::Keeper { brief } => {
                 let brief = serde_json::from_str(&brief);
                 Command::Keeper(Box::new(brief.map_err(|error| CliError::Usage(error.to_string()))?))
@@ -260,7 +293,10 @@ fn tag_reason(text: &str) -> Result<String, CliError> {
 pub fn run(command: Command) -> Result<(), CliError> {
     match command {
         Command::Check(origins) => check(&Config::load(&origins)?, &mut io::stdout().lock()),
-        Command::Serve(origins) => Ok(monitor::run(&Config::load(&origins)?)?),
+        Command::Serve(origins) => {
+            let config = Config::load(&origins)?;
+            Ok(monitor::run(origins, &config)?)
+        }
         Command::Ask { control, action } => ask(&control, &action),
         Command::Keeper(brief) => keeper::run(*brief).then_some(()).ok_or(CliError::Said),
     }
@@ -386,6 +422,31 @@ mod tests {
         );
         assert_eq!(typed("--help").unwrap_err(), "shown, exit code 0");
         assert_eq!(typed("").unwrap_err(), "shown, exit code 2");
+    }
+
+    #[test]
+    fn vms_are_added_by_arguments_or_a_file_and_removed_by_name_or_uuid() {
+        let added = |line| match typed(line) {
+            Ok(Command::Ask { action: Action::Add(vm), .. }) => vm.ports.len(),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(added("add name=a,socket=/s/1,tap=t1"), 1);
+        assert_eq!(added("add name=a,socket=/s/1,tap=t1 name=a,socket=/s/2,tap=t2 --control /c"), 2);
+        assert_eq!(
+            typed("add name=a,socket=/s/1").unwrap_err(),
+            "vmflow: argument number 1, column 1: this port has no \"tap\": add tap = \"vmf-web1\" (exit code 2)"
+        );
+        assert!(typed("add --file /none").unwrap_err().starts_with("vmflow: /none: cannot be read: "));
+        assert!(typed("add").is_err() && typed("add name=a --file x").is_err());
+
+        let uuid: Uuid = "1f3a7c52-9d0e-4b6a-8c11-5e2d7f904ab3".parse().unwrap();
+        let remove =
+            |which| Ok(Command::Ask { control: DEFAULT_CONTROL.into(), action: Action::Remove(which) });
+        assert_eq!(typed("remove a"), remove(Which::Name("a".into())));
+        assert_eq!(typed(&format!("remove --uuid {uuid}")), remove(Which::Uuid(uuid)));
+        assert!(typed("remove").is_err() && typed("remove --uuid 1").is_err());
+        assert!(typed(&format!("remove a --uuid {uuid}")).is_err() && typed("remove ../x").is_err());
+        assert!(matches!(typed("reload"), Ok(Command::Ask { action: Action::Reload, .. })));
     }
 
     #[test]

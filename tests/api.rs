@@ -25,9 +25,10 @@ use vmflow::{
     ledger::Totals,
     monitor::{
         api::{
-            Command, CommandError, Limits, TagRequest, control_router,
+            Added, Command, CommandError, Limits, TagRequest, VmCommand, Which, control_router,
             document::{
-                Mode, PortDocument, PortStats, Receive, Stats, Tag, Transmit, VmDocument, VmStats, Vms,
+                Changes, Mode, PortDocument, PortStats, Receive, Stats, Tag, Transmit, VmDocument, VmStats,
+                Vms,
             },
             serve_unix, stats_router,
         },
@@ -140,6 +141,28 @@ async fn monitor(mut commands: mpsc::Receiver<Command>, stats: Stats, tags: Tags
                 };
                 drop(reply.send(answer));
             }
+            Command::Vm(command) => change(command),
+        }
+    }
+}
+
+/// A monitor to which [`VM`] is new, and [`VM_SLOW`] there already.
+fn change(command: VmCommand) {
+    match command {
+        VmCommand::Add(vm, reply) => {
+            let text = String::from_utf8_lossy(&vm).into_owned();
+            drop(reply.send(match serde_json::from_str::<serde_json::Value>(&text) {
+                Ok(vm) if vm["name"] == VM => Ok(Added { vm: document(None), is_new: true }),
+                Ok(vm) if vm["name"] == VM_SLOW => Ok(Added { vm: document(None), is_new: false }),
+                Ok(_) => Err(CommandError::Conflict("the tap is taken".into())),
+                Err(_) => Err(CommandError::Invalid(format!("not JSON: {text}\nnor anything else"))),
+            }));
+        }
+        VmCommand::Remove(Which::Name(name), reply) if name == VM => drop(reply.send(Ok(document(None)))),
+        VmCommand::Remove(which, reply) => drop(reply.send(Err(which.missing()))),
+        VmCommand::Reload(reply) => {
+            let changes = Changes::new(vec!["a".into()], vec![], vec!["b".into(), "c".into()]);
+            drop(reply.send(Ok(changes)));
         }
     }
 }
@@ -369,6 +392,44 @@ fn a_change_that_fails_says_why_with_a_fitting_status() {
         assert!(status == 400 && error.contains(said), "{body}: {status} {error}");
     }
     assert_eq!(daemon.tags.lock().unwrap().len(), asked, "the monitor heard of none of these");
+}
+
+#[test]
+fn vms_come_and_go_through_the_control_socket_with_fitting_statuses() {
+    let daemon = Daemon::usual();
+    let ask = |method: &str, path: &str, body: &str| {
+        let answer = raw(&daemon.control(), &request(method, path, body));
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        let body: serde_json::Value = serde_json::from_str(body).unwrap();
+        (head.split(' ').nth(1).unwrap().parse::<u16>().unwrap(), body)
+    };
+    let (status, vm) = ask("POST", "/v1/vms", r#"{"name":"web1"}"#);
+    assert_eq!((status, vm["label"].as_u64()), (201, Some(1)));
+    assert_eq!(ask("POST", "/v1/vms", r#"{"name":"slow"}"#).0, 200);
+    let refused = |error: &str| serde_json::json!({ "error": error });
+    assert_eq!(ask("POST", "/v1/vms", r#"{"name":"web9"}"#), (409, refused("the tap is taken")));
+    assert_eq!(ask("POST", "/v1/vms", "x"), (400, refused("not JSON: x\nnor anything else")));
+
+    let (status, vm) = ask("DELETE", "/v1/vms/web1", "");
+    assert_eq!((status, vm["name"].as_str()), (200, Some("web1")));
+    let missing = refused("no VM is called \"web9\": there are web1");
+    assert_eq!(ask("DELETE", "/v1/vms/web9", ""), (404, missing));
+    let uuid = "1f3a7c52-9d0e-4b6a-8c11-5e2d7f904ab3";
+    let missing = refused(&format!("no VM has the UUID {uuid}: there are web1"));
+    assert_eq!(ask("DELETE", &format!("/v1/vms?uuid={uuid}"), ""), (404, missing));
+    for query in ["", "?uuid=1", "?name=web1"] {
+        assert_eq!(ask("DELETE", &format!("/v1/vms{query}"), "").0, 400);
+    }
+
+    let (status, changes) = ask("POST", "/v1/reload", "");
+    assert_eq!(status, 200);
+    assert_eq!(changes, serde_json::json!({"version":1,"added":["a"],"removed":[],"changed":["b","c"]}));
+    assert_eq!(run(&daemon.control(), &Action::Reload).unwrap(), "added: a\nchanged: b, c\n");
+    let error = run(&daemon.control(), &Action::Remove(Which::Name("web9".into()))).unwrap_err();
+    assert_eq!(error.to_string(), "no VM is called \"web9\": there are web1");
+    for (method, path) in [("POST", "/v1/vms"), ("DELETE", "/v1/vms/web1"), ("POST", "/v1/reload")] {
+        assert_eq!(refusal(&raw(&daemon.stats(), &request(method, path, ""))).0, 405);
+    }
 }
 
 #[test]

@@ -3,6 +3,7 @@
 //! It asks the daemon through its control socket; where that may not be opened, through the stats socket beside
 //! it, which is all that looking needs.
 
+mod change;
 pub mod table;
 mod units;
 pub mod watch;
@@ -19,10 +20,13 @@ use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
 use tokio::{net::UnixStream, time::timeout};
 
-use crate::monitor::api::{
-    ErrorDocument,
-    document::{Stats, VERSION, VmDocument, Vms},
-    names,
+use crate::{
+    config,
+    monitor::api::{
+        ErrorDocument, Which,
+        document::{Changes, Stats, VERSION, VmDocument, Vms},
+        names,
+    },
 };
 
 /// The stats socket's name, beside the control socket.
@@ -61,6 +65,9 @@ pub enum ClientError {
     /// The daemon says no, in its own words.
     #[error("{0}")]
     Refused(String),
+    /// The daemon says that what was asked for is wrong in itself, in its own words: a line for each thing.
+    #[error("{0}")]
+    Invalid(String),
     /// The answer is not one that this client knows.
     #[error("{} answered something else than a document of version {VERSION}: {reason}", path.display())]
     Unreadable {
@@ -114,6 +121,12 @@ pub enum Action {
         /// The VM's name.
         vm: String,
     },
+    /// `vmflow add`
+    Add(Box<config::Vm>),
+    /// `vmflow remove`
+    Remove(Which),
+    /// `vmflow reload`
+    Reload,
 }
 
 /// Does what a subcommand asks for. Ends well when the reader of `out` goes away. To be called inside a tokio
@@ -152,6 +165,9 @@ async fn perform(
         }
         Action::Suspect { vm, reason } => in_force(&client.suspect(vm, reason).await?),
         Action::Clear { vm } => in_force(&client.clear(vm).await?),
+        Action::Add(vm) => change::added(&client.add(vm).await?),
+        Action::Remove(which) => change::removed(&client.remove(which).await?),
+        Action::Reload => change::reloaded(&client.reload().await?),
     };
     out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(ClientError::Output)
 }
@@ -188,6 +204,7 @@ pub struct Client {
 #[derive(Debug)]
 struct Answer {
     socket: PathBuf,
+    status: StatusCode,
     body: Bytes,
 }
 
@@ -277,10 +294,8 @@ impl Client {
     }
 
     async fn change(&self, method: Method, vm: &str, body: String) -> Result<VmDocument, ClientError> {
-        let stream = UnixStream::connect(&self.control).await;
         let path = format!("/v1/vms/{}/suspect", path_segment(vm));
-        let answer = exchange(self.control.clone(), stream, method, &path, body).await?;
-        serde_json::from_slice(&answer.body).map_err(|error| answer.unreadable(&error))
+        self.request(method, &path, body).await?.part()
     }
 }
 
@@ -297,6 +312,11 @@ impl Answer {
         }
     }
 
+    /// A part of a document, which says no version.
+    fn part<T: DeserializeOwned>(&self) -> Result<T, ClientError> {
+        serde_json::from_slice(&self.body).map_err(|error| self.unreadable(&error))
+    }
+
     fn unreadable(&self, reason: &impl ToString) -> ClientError {
         ClientError::Unreadable { path: self.socket.clone(), reason: reason.to_string() }
     }
@@ -308,6 +328,12 @@ trait Versioned {
 }
 
 impl Versioned for Stats {
+    fn version(&self) -> u32 {
+        self.version
+    }
+}
+
+impl Versioned for Changes {
     fn version(&self) -> u32 {
         self.version
     }
@@ -341,12 +367,17 @@ async fn exchange(
     let answered = answered.map_err(|_| ClientError::Late(socket.clone()))?;
     let (status, body) = answered.map_err(|error| broken(&error))?;
     if status.is_success() {
-        return Ok(Answer { socket, body });
+        return Ok(Answer { socket, status, body });
     }
-    Err(ClientError::Refused(match serde_json::from_slice::<ErrorDocument>(&body) {
+    let said = match serde_json::from_slice::<ErrorDocument>(&body) {
         Ok(document) => document.error,
         Err(_) => format!("{} answered {status}", socket.display()),
-    }))
+    };
+    Err(if status == StatusCode::BAD_REQUEST {
+        ClientError::Invalid(said)
+    } else {
+        ClientError::Refused(said)
+    })
 }
 
 /// Sends a request and reads its answer to the end.

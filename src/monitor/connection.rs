@@ -65,7 +65,7 @@ impl<'p> Connection<'p> {
         let inherited = Inherited {
             front_end: front_end.connection,
             tap: port.tap.try_clone()?,
-            ledger: port.ledger_file.try_clone()?,
+            ledger: port.tally.ledger_file.try_clone()?,
             policies: theirs,
         };
         let keeper = KeeperProcess::start(&port.brief, inherited)?;
@@ -118,7 +118,7 @@ impl<'p> Connection<'p> {
         // A successor starts only after keeper and worker are gone.
         while let Ok(Some(_)) = self.policies.receive().await {}
         self.keeper.reap_worker().await;
-        self.port.close_accounts();
+        self.port.tally.close_accounts();
         self.port.acknowledged.send_replace(Acknowledged::NoWorker);
         Ok(self.second.map(|(front_end, _)| front_end))
     }

@@ -26,6 +26,8 @@ pub struct Wanted {
     pub netns: Option<PathBuf>,
     /// The bridge that it is to be a port of.
     pub bridge: Option<String>,
+    /// Take it out of the bridge that it is a port of.
+    pub no_bridge: bool,
     /// Its MTU in bytes; else it keeps what it has.
     pub mtu: Option<u16>,
 }
@@ -75,6 +77,10 @@ pub fn configure(wanted: &Wanted) -> Result<Found, LinkError> {
             let index = get(&handle, bridge).await?.header.index;
             set(&handle, unspec(&wanted.name).controller(index).build(), wanted, "add it to its bridge")
                 .await?;
+        }
+        if wanted.no_bridge {
+            let none = unspec(&wanted.name).nocontroller().build();
+            set(&handle, none, wanted, "take it out of its bridge").await?;
         }
         if let Some(mtu) = wanted.mtu {
             set(&handle, unspec(&wanted.name).mtu(mtu.into()).build(), wanted, "set its MTU").await?;

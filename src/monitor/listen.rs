@@ -132,6 +132,14 @@ impl Claim {
     pub fn path(&self) -> &Path {
         &self.path
     }
+
+    /// Lets others use the socket than were told when it was made.
+    ///
+    /// # Errors
+    /// [`BindError::System`] where the system refuses.
+    pub fn give_access(&self, access: &Access) -> Result<(), BindError> {
+        give_access(self.socket.as_fd(), &self.path, access)
+    }
 }
 
 impl Drop for Claim {

@@ -1,184 +1,88 @@
 //! The monitor: one process per host, which owns the sockets, the taps, the labels, the policies and what the
 //! outside sees. It never touches a frame.
 //!
-//! Order of start-up: what can be refused is refused before anything changes. First the labels (and with them
-//! the state directory, which no other vmflow may have), then every socket, then the taps, then the ports; and
-//! when all of it listens, it says so.
+//! Order of start-up: what can be refused is refused before anything changes. First the state directory, which
+//! no other vmflow may have, and the API's sockets; then the configuration comes into force as any later change
+//! of it does ([`change`]); and when all of it listens, it says so.
 
+pub mod added;
 pub mod api;
+pub mod change;
 pub mod connection;
 pub mod doorbell;
 pub mod host;
 pub mod inherited;
 pub mod link;
 pub mod listen;
+pub mod make;
 pub mod ports;
 pub mod registry;
 pub mod spawn;
+pub mod tally;
 
-use std::{collections::HashMap, convert::Infallible, os::fd::OwnedFd, rc::Rc, time::Duration};
+use std::{convert::Infallible, rc::Rc, time::Duration};
 
-use anyhow::Context;
 use rustix::process::{Resource, Rlimit, getrlimit, set_child_subreaper, setrlimit};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
-    sync::{mpsc, watch},
+    sync::mpsc,
     task::{JoinSet, LocalSet},
 };
 
-use crate::{
-    config::{self, Config},
-    keeper::brief::Brief,
-    label::Label,
-    policy::{Policy, SuspectAction},
-    tap,
-};
-use doorbell::Doorbell;
-use host::{Host, Vm};
-use link::Wanted;
+use crate::config::{Config, Origins};
+use change::InForce;
+use host::Host;
 use listen::{Access, Claim};
-use ports::Port;
-use registry::{Registry, Tag};
+use registry::Registry;
 
-/// Users (and groups) that keepers run as: this number plus the VM's label. The range up to 2^31 belongs to
-/// no distribution's users, containers or dynamic services.
-const UID_BASE: u32 = 0x7000_0000;
-/// Labels beyond this share a user with another VM; nobody has that many.
-const UID_COUNT: u32 = 0x0fff_fffe;
 /// Commands of the API that may wait.
 const COMMANDS: usize = 64;
-/// How long the ports may take to end: more than each of them gives its keeper.
-const END_DEADLINE: Duration = Duration::from_secs(10);
-/// Mode of a VM's socket directory.
-const SOCKET_DIRECTORY: u32 = 0o710;
+/// How long the end may take: a change that is being made, and then each port, has a deadline of its own.
+const END_DEADLINE: Duration = Duration::from_secs(30);
 /// Mode of the control socket: whoever may write to it may change things.
 const CONTROL_MODE: u32 = 0o600;
 /// Mode of the statistics socket.
 const STATS_MODE: u32 = 0o660;
 
-/// Runs until it is told to end.
+/// Runs until it is told to end. `config` is what `origins` say; they are read again when the labels are ours.
 ///
 /// # Errors
 /// One line that says what is wrong and where; nothing was changed then that a later start would not find
 /// right.
-pub fn run(config: &Config) -> anyhow::Result<()> {
+pub fn run(origins: Origins, config: &Config) -> anyhow::Result<()> {
     rustix::thread::set_name(c"vmf-mon")?;
     set_child_subreaper(Some(rustix::process::getpid()))?;
     let limit = getrlimit(Resource::Nofile);
     setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit })?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    LocalSet::new().block_on(&runtime, serve(config))
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().thread_name("vmf-mon").build()?;
+    LocalSet::new().block_on(&runtime, serve(origins, config))
 }
 
-async fn serve(config: &Config) -> anyhow::Result<()> {
-    let mut registry = Registry::open(&config.daemon.state)?;
-    let labels = registry.allocate(&claims(config), &config.daemon.labels)?;
-    let (doorbells, claims) = bind(config)?;
+async fn serve(origins: Origins, config: &Config) -> anyhow::Result<()> {
+    let (end, reload) = (TheEnd::watch()?, signal(SignalKind::hangup())?);
+    let registry = Registry::open(&config.daemon.state)?;
     let api = Api::bind(config)?;
-    let mut host = Means { doorbells, taps: inherited::take(), suspect: config.suspect };
-    let mut vms = Vec::new();
-    for (vm, label) in config.vms.iter().zip(labels) {
-        let tag = registry.entry(label).and_then(|entry| entry.suspect.clone());
-        vms.push(host.set_up(vm, label, tag)?);
-    }
-    let host = Rc::new(Host::new(config.daemon.node.clone(), vms, registry));
-    let (stop, stopped) = watch::channel(false);
-    let mut ports = JoinSet::new();
-    for port in host.ports() {
-        let (port, stopped) = (Rc::clone(port), stopped.clone());
-        ports.spawn_local(async move { port.serve(stopped).await });
-    }
+    let host = Rc::new(Host::new(origins, InForce::new(config, registry, inherited::take())));
+    host.load().await?;
     let api = api.serve(&host)?;
-    let end = TheEnd::watch()?;
-    announce(config);
+    tokio::task::spawn_local(reload_at(reload, Rc::clone(&host)));
+    announce(&host, config);
     end.comes().await;
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
-    stop.send_replace(true);
-    let all = async { while ports.join_next().await.is_some() {} };
-    if tokio::time::timeout(END_DEADLINE, all).await.is_err() {
+    if tokio::time::timeout(END_DEADLINE, host.end()).await.is_err() {
         tracing::error!("some ports did not end within {END_DEADLINE:?}: left behind");
     }
-    drop((api, claims)); // removes the sockets
+    drop((api, host)); // removes the sockets
     tracing::info!("ended");
     Ok(())
 }
 
-fn claims(config: &Config) -> Vec<registry::Claim> {
-    let claim = |vm: &config::Vm| registry::Claim { name: vm.name.clone(), uuid: vm.uuid, label: vm.label };
-    config.vms.iter().map(claim).collect()
-}
-
-/// Listens for the front ends of every port in server mode, or for none of them. In the order of the ports.
-fn bind(config: &Config) -> anyhow::Result<(Vec<Doorbell>, Vec<Claim>)> {
-    let (mut doorbells, mut claims) = (Vec::new(), Vec::new());
-    for port in config.vms.iter().flat_map(|vm| &vm.ports) {
-        if port.mode == config::Mode::Client {
-            doorbells.push(Doorbell::Client(port.socket.clone()));
-            continue;
-        }
-        let access = Access { mode: port.socket_mode, uid: port.owner, gid: port.group };
-        let path = &port.socket;
-        if let Some(directory) = path.parent() {
-            listen::ensure_directory(directory, &Access { mode: SOCKET_DIRECTORY, ..access })?;
-        }
-        let (listener, claim) = listen::bind_unix(path, &access)?.into_tokio()?;
-        doorbells.push(Doorbell::Server(listener));
-        claims.push(claim);
+/// Reads the configuration again whenever the signal comes; the log tells how it ended.
+async fn reload_at(mut signal: Signal, host: Rc<Host>) {
+    while signal.recv().await.is_some() {
+        let _ = host.reload().await;
     }
-    doorbells.reverse(); // to be taken from the end
-    Ok((doorbells, claims))
-}
-
-/// What ports are made of.
-struct Means {
-    /// In the order of the ports, from the end.
-    doorbells: Vec<Doorbell>,
-    /// Taps that were handed in, by name.
-    taps: HashMap<String, OwnedFd>,
-    /// The host's suspect action.
-    suspect: SuspectAction,
-}
-
-impl Means {
-    fn set_up(&mut self, vm: &config::Vm, label: Label, tag: Option<Tag>) -> anyhow::Result<Vm> {
-        let suspect_action = vm.suspect.unwrap_or(self.suspect);
-        let policy = Policy { generation: 1, label, tagged: tag.is_some(), suspect_action };
-        let mut ports = Vec::new();
-        for (number, port) in vm.ports.iter().enumerate() {
-            let (tap, mtu) = open_tap(port, self.taps.remove(port.tap.as_str()))?;
-            let brief = Brief {
-                monitor: std::process::id(),
-                vm: vm.name.clone(),
-                label: label.get(),
-                port: number,
-                uid: UID_BASE + label.get() % UID_COUNT,
-                queue_pairs: port.queue_pairs,
-                mtu,
-                mac: port.mac.map(config::Mac::bytes),
-                control_queue: port.control_queue,
-            };
-            let doorbell = self.doorbells.pop().context("a port without a socket")?;
-            let made_of = ports::Parts { brief, doorbell, peer: port.peer, tap, policy };
-            ports.push(Rc::new(Port::new(made_of)?));
-        }
-        Ok(Vm::new(vm.clone(), policy, tag, ports))
-    }
-}
-
-/// The port's tap, set up, and its MTU.
-fn open_tap(port: &config::Port, handed_in: Option<OwnedFd>) -> anyhow::Result<(OwnedFd, u16)> {
-    let name = port.tap.as_str();
-    let tap = match handed_in {
-        Some(fd) => tap::adopt(fd, name)?,
-        None => tap::attach(name)?,
-    };
-    let wanted = Wanted {
-        name: name.into(),
-        netns: port.netns.as_ref().map(|netns| netns.path().to_path_buf()),
-        bridge: port.bridge.clone(),
-        mtu: port.mtu,
-    };
-    Ok((tap, link::configure(&wanted)?.mtu))
 }
 
 /// The API's sockets: changes, and statistics.
@@ -220,9 +124,9 @@ impl Api {
 }
 
 /// Every socket listens: say so.
-fn announce(config: &Config) {
-    let ports = config.vms.iter().map(|vm| vm.ports.len()).sum::<usize>();
-    let (vms, control) = (config.vms.len(), config.daemon.control.display());
+fn announce(host: &Host, config: &Config) {
+    let (vms, control) = (host.vms(), config.daemon.control.display());
+    let (vms, ports) = (vms.len(), vms.iter().map(|vm| vm.ports.len()).sum::<usize>());
     tracing::info!("ready: {vms} VMs, {ports} ports, control socket {control}");
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
 }

@@ -1,52 +1,52 @@
-//! One port: its tap, its ledger, and the keeper of whichever front end is connected.
+//! One port: its tap, what is counted of it, and the keeper of whichever front end is connected.
 
 use std::{
     cell::{Cell, RefCell},
     io,
     os::fd::OwnedFd,
     process::ExitStatus,
+    rc::Rc,
     time::Duration,
 };
 
 use tokio::{
     sync::watch,
-    time::{Instant, sleep_until},
+    task::JoinHandle,
+    time::{Instant, sleep_until, timeout},
 };
 
 use super::{
     connection::Connection,
     doorbell::{Doorbell, FrontEnd},
+    tally::Tally,
 };
-use crate::{
-    keeper::brief::Brief,
-    ledger::{Known, Ledger, Part, recover},
-    policy::Policy,
-    tap,
-};
+use crate::{config, keeper::brief::Brief, policy::Policy, tap};
 
 /// How long to wait before the next connection is served, when keepers cannot be started.
 const START_RETRY: Duration = Duration::from_secs(1);
 /// Two connections of one port begin at least this far apart: a front end that comes and goes all the time
 /// cannot keep the host busy with starting keepers.
 const CONNECTION_SPACING: Duration = Duration::from_millis(50);
+/// How long a port may take to end: more than it gives its keeper.
+const END_DEADLINE: Duration = Duration::from_secs(10);
 
 /// A port that is set up.
 #[derive(Debug)]
 pub struct Port {
+    /// Its settings.
+    pub config: config::Port,
     /// What its keepers are told.
     pub brief: Brief,
     pub(super) doorbell: Doorbell,
-    peer: Option<u32>,
     pub(super) tap: OwnedFd,
-    pub(super) ledger_file: OwnedFd,
-    ledger: Ledger,
-    known: RefCell<[Known; 2]>,
+    /// What is counted of it.
+    pub tally: Rc<Tally>,
     pub(super) policy: watch::Sender<Policy>,
     pub(super) acknowledged: watch::Sender<Acknowledged>,
     connected: Cell<bool>,
-    connections: Cell<u64>,
-    refused: Cell<u64>,
-    keeper_deaths: Cell<u64>,
+    stop: watch::Sender<bool>,
+    /// Serves its front ends, from its start to its end.
+    task: RefCell<Option<JoinHandle<()>>>,
 }
 
 /// How far the port's worker is with its policy.
@@ -74,45 +74,60 @@ impl Acknowledged {
 /// What a port is made of.
 #[derive(Debug)]
 pub struct Parts {
+    /// Its settings.
+    pub config: config::Port,
     /// What its keepers are told.
     pub brief: Brief,
     /// Where its front ends come from.
     pub doorbell: Doorbell,
-    /// The user that they must run as.
-    pub peer: Option<u32>,
     /// Its tap, set up.
     pub tap: OwnedFd,
+    /// What is counted of it: goes on where it was there before.
+    pub tally: Rc<Tally>,
     /// Its first policy.
     pub policy: Policy,
 }
 
 impl Port {
-    /// A port without a front end.
-    ///
-    /// # Errors
-    /// When there is no memory for its ledger.
-    pub fn new(parts: Parts) -> Result<Self, crate::ledger::LedgerError> {
-        let (ledger, ledger_file) = Ledger::create(parts.brief.queue_pairs)?;
-        let _ = tap::set_carrier(&parts.tap, false);
-        Ok(Self {
-            brief: parts.brief,
-            doorbell: parts.doorbell,
-            peer: parts.peer,
-            tap: parts.tap,
-            ledger,
-            ledger_file,
-            known: RefCell::new([Known::new(Part::receive(0)), Known::new(Part::transmit(0))]),
-            policy: watch::Sender::new(parts.policy),
+    /// A port that serves nobody yet: its tap may be another port's until then.
+    #[must_use]
+    pub fn new(Parts { config, brief, doorbell, tap, tally, policy }: Parts) -> Self {
+        Self {
+            config,
+            brief,
+            doorbell,
+            tap,
+            tally,
+            policy: watch::Sender::new(policy),
             acknowledged: watch::Sender::new(Acknowledged::NoWorker),
             connected: Cell::new(false),
-            connections: Cell::new(0),
-            refused: Cell::new(0),
-            keeper_deaths: Cell::new(0),
-        })
+            stop: watch::Sender::new(false),
+            task: RefCell::new(None),
+        }
+    }
+
+    /// Begins to serve front ends. To be called inside a tokio `LocalSet`.
+    pub fn start(self: &Rc<Self>) {
+        let port = Rc::clone(self);
+        let serving = tokio::task::spawn_local(async move { port.serve(port.stop.subscribe()).await });
+        self.task.replace(Some(serving));
+    }
+
+    /// Ends in good order, with the front end that is connected.
+    pub async fn end(&self) {
+        self.stop.send_replace(true);
+        let Some(mut task) = self.task.take() else { return };
+        if timeout(END_DEADLINE, &mut task).await.is_err() {
+            let Brief { vm, label, port, .. } = &self.brief;
+            tracing::error!(vm, label, port, "the port did not end within {END_DEADLINE:?}: killed");
+            task.abort();
+            let _ = task.await;
+        }
     }
 
     /// Serves one front end after the other until `stop` says true.
-    pub async fn serve(&self, mut stop: watch::Receiver<bool>) {
+    async fn serve(&self, mut stop: watch::Receiver<bool>) {
+        self.connected(false);
         let mut next = None;
         loop {
             let front_end = tokio::select! {
@@ -142,7 +157,7 @@ impl Port {
 
     /// Waits for a front end that may be served.
     pub(super) async fn another(&self) -> FrontEnd {
-        self.doorbell.ring(self.peer, || self.refused.set(self.refused.get() + 1)).await
+        self.doorbell.ring(self.config.peer, || self.tally.refused.count()).await
     }
 
     /// The tap's carrier follows the front end.
@@ -154,7 +169,7 @@ impl Port {
     }
 
     async fn attend(&self, front_end: FrontEnd, stop: watch::Receiver<bool>) -> io::Result<Option<FrontEnd>> {
-        self.connections.set(self.connections.get() + 1);
+        self.tally.connections.count();
         let (Brief { vm, label, port, .. }, FrontEnd { pid, uid, .. }) = (&self.brief, &front_end);
         tracing::info!(vm, label, port, pid, uid, "a front end is connected");
         Connection::start(self, front_end)?.serve(stop).await
@@ -166,25 +181,20 @@ impl Port {
         if status.success() {
             tracing::info!(vm, label, port, "the front end is disconnected");
         } else {
-            self.keeper_deaths.set(self.keeper_deaths.get() + 1);
+            self.tally.keeper_deaths.count();
             tracing::warn!(vm, label, port, "keeper and worker died ({status}): the VMM may reconnect");
         }
     }
 
-    /// Keeper and worker are gone: what they left unfinished is counted, since no ring goes on.
-    pub(super) fn close_accounts(&self) {
-        recover::abandon_all(&self.ledger);
-    }
-
     /// A front end was not let in.
     pub(super) fn refuse(&self, why: &str) {
-        self.refused.set(self.refused.get() + 1);
+        self.tally.refused.count();
         tracing::warn!(vm = self.brief.vm, "a second front end was refused: {why}");
     }
 
-    /// Another policy is to be in force: the worker of now, and each one after it, gets it.
+    /// A policy is to be in force: if it is another one, the worker of now, and each one after it, gets it.
     pub fn announce(&self, policy: Policy) {
-        self.policy.send_replace(policy);
+        self.policy.send_if_modified(|now| std::mem::replace(now, policy) != policy);
     }
 
     /// Waits until no frame passes under a policy older than this generation. False if the worker did not say
@@ -195,38 +205,9 @@ impl Port {
         matches!(tokio::time::timeout(patience, covered).await, Ok(Ok(_)))
     }
 
-    /// What was counted, read from the ledger now: receive, transmit.
-    pub fn counted(&self) -> [Known; 2] {
-        let mut known = self.known.borrow_mut();
-        for direction in known.iter_mut() {
-            direction.refresh(&self.ledger);
-        }
-        known.clone()
-    }
-
     /// True while a front end is connected.
     #[must_use]
     pub const fn is_connected(&self) -> bool {
         self.connected.get()
-    }
-    /// Front ends served since the start.
-    #[must_use]
-    pub const fn connections(&self) -> u64 {
-        self.connections.get()
-    }
-    /// Workers that died: those that their keepers replaced, and those that died with their keepers.
-    #[must_use]
-    pub fn worker_restarts(&self) -> u64 {
-        self.ledger.worker_deaths() + self.keeper_deaths.get()
-    }
-    /// Connections that keepers gave up because one worker after the other died.
-    #[must_use]
-    pub fn connections_given_up(&self) -> u64 {
-        self.ledger.connections_given_up()
-    }
-    /// Front ends refused: of another user, or because one was connected.
-    #[must_use]
-    pub const fn refused(&self) -> u64 {
-        self.refused.get()
     }
 }

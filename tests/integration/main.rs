@@ -24,6 +24,7 @@ mod offload;
 mod policy;
 mod protocol;
 mod queue;
+mod runtime;
 mod session;
 mod start;
 mod tap;

@@ -244,6 +244,27 @@ pub struct PortDocument {
     pub mtu: Option<u16>,
 }
 
+/// The answer to `POST /v1/reload`: the names of the VMs that a change of the configuration concerned.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Changes {
+    /// [`VERSION`].
+    pub version: u32,
+    /// VMs that were not there before.
+    pub added: Vec<String>,
+    /// VMs that are not there any more.
+    pub removed: Vec<String>,
+    /// VMs that have other settings than before.
+    pub changed: Vec<String>,
+}
+
+impl Changes {
+    /// The document of a change.
+    #[must_use]
+    pub const fn new(added: Vec<String>, removed: Vec<String>, changed: Vec<String>) -> Self {
+        Self { version: VERSION, added, removed, changed }
+    }
+}
+
 impl Stats {
     /// The document of this host.
     #[must_use]

@@ -5,11 +5,15 @@
 //!   control.sock  the same, and
 //!                 PUT    /v1/vms/NAME/suspect {"reason": "..."}    for root, who may change
 //!                 DELETE /v1/vms/NAME/suspect
+//!                 POST   /v1/vms {"name": "...", "port": [..]}     a VM as in a [[vm]] table
+//!                 DELETE /v1/vms/NAME, /v1/vms?uuid=UUID
+//!                 POST   /v1/reload                                the configuration files
 //! ```
 //!
 //! Answers are one line of JSON; errors are `{"error": "..."}`, one clear line. The API holds no state and knows
 //! no VM: it turns requests into [`Command`]s for the monitor's one task and waits for the reply.
 
+mod change;
 pub mod document;
 mod serve;
 
@@ -28,7 +32,9 @@ use tokio::{
     sync::{mpsc, oneshot},
     time::timeout,
 };
+use uuid::Uuid;
 
+pub use change::{Added, VmCommand, Which};
 use document::{Stats, VmDocument, Vms};
 pub use serve::{Limits, Peer, serve_unix};
 
@@ -58,6 +64,8 @@ pub enum Command {
         /// What is now in force.
         reply: oneshot::Sender<Result<VmDocument, CommandError>>,
     },
+    /// Changes which VMs there are.
+    Vm(VmCommand),
 }
 
 /// A tag that an operator wants.
@@ -75,6 +83,15 @@ pub enum CommandError {
     /// No VM has this name.
     #[error("no VM is called \"{0}\"")]
     NoSuchVm(String),
+    /// No VM has this UUID.
+    #[error("no VM has the UUID {0}")]
+    NoSuchUuid(Uuid),
+    /// What is wanted is wrong in itself, for the reasons given: one a line.
+    #[error("{0}")]
+    Invalid(String),
+    /// What is wanted does not go with what there is, for the reasons given: one a line.
+    #[error("{0}")]
+    Conflict(String),
     /// A port (named here) did not acknowledge the change in time.
     #[error("not in force yet: {0}")]
     NotApplied(String),
@@ -92,7 +109,7 @@ pub fn stats_router(commands: mpsc::Sender<Command>) -> Router {
 /// The routes of the control socket: those of the stats socket, and changes.
 pub fn control_router(commands: mpsc::Sender<Command>) -> Router {
     let tag = routing::put(tag).delete(clear);
-    reads()
+    change::routes(reads())
         .route("/v1/vms/{name}/suspect", tag)
         .method_not_allowed_fallback(method_not_allowed)
         .with_state(Monitor { commands })
@@ -134,24 +151,29 @@ impl Monitor {
         }
     }
 
-    /// Asks for a change of a tag; a name that no VM has is answered with those that VMs have.
+    /// Asks for a change of a tag.
     async fn change(&self, limits: Limits, vm: String, tag: Option<TagRequest>) -> Result<Response, Refusal> {
         match self.ask(limits, |reply| Command::Tag { vm, tag, reply }).await? {
             Ok(document) => Ok(json(StatusCode::OK, &document)),
-            Err(error) => {
-                let status = match error {
-                    CommandError::NoSuchVm(_) => StatusCode::NOT_FOUND,
-                    CommandError::NotApplied(_) => StatusCode::GATEWAY_TIMEOUT,
-                    CommandError::State(_) => StatusCode::INTERNAL_SERVER_ERROR,
-                };
-                let mut text = error.to_string();
-                if status == StatusCode::NOT_FOUND {
-                    let there = self.ask(limits, Command::Vms).await?;
-                    text = format!("{text}: {}", names(there.vms.iter().map(|vm| vm.name.as_str())));
-                }
-                Err(Refusal::new(status, text))
-            }
+            Err(error) => Err(self.refusal(limits, error).await?),
         }
+    }
+
+    /// What a client is told; a name that no VM has is answered with those that VMs have.
+    async fn refusal(&self, limits: Limits, error: CommandError) -> Result<Refusal, Refusal> {
+        let status = match error {
+            CommandError::NoSuchVm(_) | CommandError::NoSuchUuid(_) => StatusCode::NOT_FOUND,
+            CommandError::Invalid(_) => StatusCode::BAD_REQUEST,
+            CommandError::Conflict(_) => StatusCode::CONFLICT,
+            CommandError::NotApplied(_) => StatusCode::GATEWAY_TIMEOUT,
+            CommandError::State(_) => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        let mut text = error.to_string();
+        if status == StatusCode::NOT_FOUND {
+            let there = self.ask(limits, Command::Vms).await?;
+            text = format!("{text}: {}", names(there.vms.iter().map(|vm| vm.name.as_str())));
+        }
+        Ok(Refusal::new(status, text))
     }
 }
 

@@ -44,8 +44,9 @@ impl Registry {
         claims: &[Claim],
         range: &RangeInclusive<Label>,
     ) -> Result<Vec<Label>, RegistryError> {
-        let (next, labels) = self.book.allocate(claims, range)?;
-        self.turn_to(next)?;
+        let mut plan = self.plan();
+        let labels = plan.allocate(claims, range)?;
+        self.adopt(plan)?;
         Ok(labels)
     }
 
@@ -65,6 +66,20 @@ impl Registry {
         self.turn_to(self.book.set_suspect(label, tag)?)
     }
 
+    /// A change that is not made yet: as things are now, to begin with.
+    #[must_use]
+    pub fn plan(&self) -> Plan {
+        Plan { book: self.book.clone() }
+    }
+
+    /// Makes a change. What was changed otherwise since it was planned is lost.
+    ///
+    /// # Errors
+    /// [`RegistryError`]: it could not be saved.
+    pub fn adopt(&mut self, plan: Plan) -> Result<(), RegistryError> {
+        self.turn_to(plan.book)
+    }
+
     /// Whose a label is or was.
     #[must_use]
     pub fn entry(&self, label: Label) -> Option<&Entry> {
@@ -82,6 +97,43 @@ impl Registry {
             self.book = next;
         }
         Ok(())
+    }
+}
+
+/// Labels as they would be after a change: nobody has them yet, and nothing is on disk.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    book: Book,
+}
+
+impl Plan {
+    /// As [`Registry::allocate`].
+    ///
+    /// # Errors
+    /// [`RegistryError`]: no VM would get a label.
+    pub fn allocate(
+        &mut self,
+        claims: &[Claim],
+        range: &RangeInclusive<Label>,
+    ) -> Result<Vec<Label>, RegistryError> {
+        let (next, labels) = self.book.allocate(claims, range)?;
+        self.book = next;
+        Ok(labels)
+    }
+
+    /// As [`Registry::retire`].
+    ///
+    /// # Errors
+    /// [`RegistryError`]: no VM has the label.
+    pub fn retire(&mut self, label: Label) -> Result<(), RegistryError> {
+        self.book = self.book.retire(label)?;
+        Ok(())
+    }
+
+    /// Whose a label would be.
+    #[must_use]
+    pub fn entry(&self, label: Label) -> Option<&Entry> {
+        self.book.entry(label)
     }
 }
 

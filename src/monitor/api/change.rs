@@ -1,0 +1,134 @@
+//! The routes that change which VMs there are.
+
+use axum::{
+    Extension, Router,
+    body::Bytes,
+    extract::{Path, Request, State, rejection::PathRejection},
+    http::{StatusCode, Uri},
+    response::Response,
+    routing,
+};
+use tokio::sync::oneshot;
+use uuid::Uuid;
+
+use super::{
+    Command, CommandError, Limits, Monitor, Refusal,
+    document::{Changes, VmDocument},
+    json, read_body, vm_name,
+};
+
+/// The query of `DELETE /v1/vms` before the UUID.
+const UUID_QUERY: &str = "uuid=";
+
+/// What the API asks of the monitor about VMs that come and go.
+#[derive(Debug)]
+pub enum VmCommand {
+    /// Adds a VM: JSON with the keys of a `[[vm]]` table.
+    Add(Bytes, oneshot::Sender<Result<Added, CommandError>>),
+    /// Removes a VM.
+    Remove(Which, oneshot::Sender<Result<VmDocument, CommandError>>),
+    /// Reads the configuration again.
+    Reload(oneshot::Sender<Result<Changes, CommandError>>),
+}
+
+/// A VM that is there after it was to be added.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Added {
+    /// The VM.
+    pub vm: VmDocument,
+    /// False if it was there already, with the same settings.
+    pub is_new: bool,
+}
+
+/// Which VM is meant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Which {
+    /// The one of this name.
+    Name(String),
+    /// The one with this UUID.
+    Uuid(Uuid),
+}
+
+impl Which {
+    /// True if a VM of this name and UUID is meant.
+    #[must_use]
+    pub fn is(&self, name: &str, uuid: Option<Uuid>) -> bool {
+        match self {
+            Self::Name(wanted) => wanted == name,
+            Self::Uuid(wanted) => Some(*wanted) == uuid,
+        }
+    }
+
+    /// There is none.
+    #[must_use]
+    pub fn missing(&self) -> CommandError {
+        match self {
+            Self::Name(name) => CommandError::NoSuchVm(name.clone()),
+            Self::Uuid(uuid) => CommandError::NoSuchUuid(*uuid),
+        }
+    }
+}
+
+/// The routes, for the control socket only.
+pub(super) fn routes(router: Router<Monitor>) -> Router<Monitor> {
+    router
+        .route("/v1/vms", routing::post(add).delete(remove_by_uuid))
+        .route("/v1/vms/{name}", routing::delete(remove))
+        .route("/v1/reload", routing::post(reload))
+}
+
+async fn add(
+    State(monitor): State<Monitor>,
+    Extension(limits): Extension<Limits>,
+    request: Request,
+) -> Result<Response, Refusal> {
+    let vm = read_body(request.into_body(), limits).await?;
+    match monitor.ask(limits, |reply| Command::Vm(VmCommand::Add(vm, reply))).await? {
+        Ok(Added { vm, is_new }) => {
+            let status = if is_new { StatusCode::CREATED } else { StatusCode::OK };
+            Ok(json(status, &vm))
+        }
+        Err(error) => Err(monitor.refusal(limits, error).await?),
+    }
+}
+
+async fn remove(
+    State(monitor): State<Monitor>,
+    Extension(limits): Extension<Limits>,
+    name: Result<Path<String>, PathRejection>,
+) -> Result<Response, Refusal> {
+    monitor.remove(limits, Which::Name(vm_name(name)?)).await
+}
+
+async fn remove_by_uuid(
+    State(monitor): State<Monitor>,
+    Extension(limits): Extension<Limits>,
+    uri: Uri,
+) -> Result<Response, Refusal> {
+    let uuid = uri.query().and_then(|query| query.strip_prefix(UUID_QUERY));
+    let uuid = uuid.and_then(|uuid| Uuid::try_parse(uuid).ok());
+    let uuid = uuid.ok_or_else(|| {
+        let text = "say which VM: DELETE /v1/vms/NAME, or DELETE /v1/vms?uuid=UUID";
+        Refusal::new(StatusCode::BAD_REQUEST, text)
+    })?;
+    monitor.remove(limits, Which::Uuid(uuid)).await
+}
+
+async fn reload(
+    State(monitor): State<Monitor>,
+    Extension(limits): Extension<Limits>,
+) -> Result<Response, Refusal> {
+    match monitor.ask(limits, |reply| Command::Vm(VmCommand::Reload(reply))).await? {
+        Ok(changes) => Ok(json(StatusCode::OK, &changes)),
+        Err(error) => Err(monitor.refusal(limits, error).await?),
+    }
+}
+
+impl Monitor {
+    async fn remove(&self, limits: Limits, which: Which) -> Result<Response, Refusal> {
+        match self.ask(limits, |reply| Command::Vm(VmCommand::Remove(which, reply))).await? {
+            Ok(vm) => Ok(json(StatusCode::OK, &vm)),
+            Err(error) => Err(self.refusal(limits, error).await?),
+        }
+    }
+}

@@ -1,0 +1,223 @@
+//! What a port is made of that only the host can give: its socket, its tap, memory for its ledger.
+//!
+//! What a port that ends has, and one that begins wants, goes from the one to the other: nobody else can take
+//! it in between, and a front end that connects meanwhile waits.
+
+use std::{collections::HashMap, io, os::fd::OwnedFd, path::PathBuf, rc::Rc};
+
+use super::{
+    change::blocking,
+    doorbell::{Doorbell, Listening},
+    link::{self, LinkError, Wanted},
+    listen::BindError,
+    ports::Port,
+    tally::Tally,
+};
+use crate::{
+    config::{self, Mode},
+    ledger::LedgerError,
+    tap::{self, TapError},
+};
+
+/// Why a port cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum MakeError {
+    /// Its socket is not to be had.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// Its tap is not to be had.
+    #[error(transparent)]
+    Tap(#[from] TapError),
+    /// Its tap cannot be set up.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// There is no memory for its ledger.
+    #[error(transparent)]
+    Ledger(#[from] LedgerError),
+    /// There is no descriptor left.
+    #[error("tap {0}: cannot have another descriptor of it: {1}")]
+    Descriptor(String, io::Error),
+    /// A tap of that name is where taps are made, before they are moved.
+    #[error("tap {tap}: VM {vm:?} has one of that name outside of {netns}: remove that first, or choose another name", netns = .netns.display())]
+    InTheWay {
+        /// The name.
+        tap: String,
+        /// Whose it is.
+        vm: String,
+        /// Where the new one was to go.
+        netns: PathBuf,
+    },
+}
+
+/// A port that is to begin.
+#[derive(Debug)]
+pub struct Wish {
+    /// Its settings.
+    pub config: config::Port,
+    /// What is counted of it so far, if it was there before.
+    pub tally: Option<Rc<Tally>>,
+}
+
+/// What it will be made of.
+#[derive(Debug)]
+pub struct Made {
+    /// Its settings.
+    pub config: config::Port,
+    /// Where its front ends come from.
+    pub doorbell: Doorbell,
+    /// Its tap.
+    pub tap: OwnedFd,
+    /// The tap's MTU in bytes; not known yet while another port has the tap.
+    pub mtu: u16,
+    /// What is counted of it.
+    pub tally: Rc<Tally>,
+    /// The port that has the tap until it ends.
+    tap_of: Option<Rc<Port>>,
+    /// The port that has the socket until it ends.
+    socket_of: Option<Rc<Port>>,
+}
+
+/// Makes what the wishes want, in their order: first all sockets, then all taps. `there` are the ports that run,
+/// `ending` those of them that will end.
+///
+/// # Errors
+/// [`MakeError`]; nothing is left behind then.
+pub(super) async fn make(
+    wishes: Vec<Wish>,
+    ending: &[Rc<Port>],
+    there: &[Rc<Port>],
+    handed_in: &HashMap<String, OwnedFd>,
+) -> Result<Vec<Made>, MakeError> {
+    let mut doorbells = Vec::with_capacity(wishes.len());
+    for wish in &wishes {
+        let before = ending.iter().find(|port| has_socket_of(port, &wish.config));
+        let doorbell =
+            before.map_or_else(|| Doorbell::open(&wish.config), |port| Ok(port.doorbell.clone()))?;
+        doorbells.push((doorbell, before.cloned()));
+    }
+    let mut made = Vec::with_capacity(wishes.len());
+    for (Wish { config, tally }, (doorbell, socket_of)) in wishes.into_iter().zip(doorbells) {
+        let tap_of = ending.iter().find(|port| has_tap_of(port, &config)).cloned();
+        let (tap, mtu) = match &tap_of {
+            Some(port) => (another(&port.tap, &config)?, port.brief.mtu),
+            None => new_tap(&config, there, handed_in).await?,
+        };
+        let tally = tally.map_or_else(|| Tally::new(config.queue_pairs).map(Rc::new), Ok)?;
+        made.push(Made { config, doorbell, tap, mtu, tally, tap_of, socket_of });
+    }
+    Ok(made)
+}
+
+fn has_socket_of(port: &Port, wanted: &config::Port) -> bool {
+    let server = [port.config.mode, wanted.mode].iter().all(|mode| *mode == Mode::Server);
+    server && port.config.socket == wanted.socket
+}
+
+fn has_tap_of(port: &Port, wanted: &config::Port) -> bool {
+    (&port.config.netns, &port.config.tap) == (&wanted.netns, &wanted.tap)
+}
+
+fn another(tap: &OwnedFd, config: &config::Port) -> Result<OwnedFd, MakeError> {
+    tap.try_clone().map_err(|error| MakeError::Descriptor(config.tap.to_string(), error))
+}
+
+/// A tap that no port has, set up, and its MTU.
+async fn new_tap(
+    config: &config::Port,
+    there: &[Rc<Port>],
+    handed_in: &HashMap<String, OwnedFd>,
+) -> Result<(OwnedFd, u16), MakeError> {
+    let wanted = wanted(config);
+    let name = wanted.name.clone();
+    let handed_in = handed_in.get(&name).map(|tap| another(tap, config)).transpose()?;
+    if let (None, Some(netns)) = (&handed_in, &wanted.netns)
+        && let Some(port) = there.iter().find(|p| p.config.netns.is_none() && p.config.tap == config.tap)
+    {
+        return Err(MakeError::InTheWay { tap: name, vm: port.brief.vm.clone(), netns: netns.clone() });
+    }
+    blocking(move || {
+        let tap = match handed_in {
+            Some(fd) => tap::adopt(fd, &name)?,
+            None => tap::attach(&name)?,
+        };
+        Ok((tap, link::configure(&wanted)?.mtu))
+    })
+    .await
+}
+
+fn wanted(config: &config::Port) -> Wanted {
+    Wanted {
+        name: config.tap.to_string(),
+        netns: config.netns.as_ref().map(|netns| netns.path().to_path_buf()),
+        bridge: config.bridge.clone(),
+        no_bridge: false,
+        mtu: config.mtu,
+    }
+}
+
+/// What was altered of sockets and taps that are still in use, and how it was.
+#[derive(Debug, Default)]
+pub struct Altered(Vec<Was>);
+
+#[derive(Debug)]
+enum Was {
+    /// A socket was for those whom these settings name.
+    Socket(Rc<Listening>, Box<config::Port>),
+    /// A tap was set up in this way.
+    Link(Wanted),
+}
+
+/// Gives sockets and taps that ending ports still have the settings of the ports that begin.
+///
+/// # Errors
+/// [`MakeError`]; everything is as it was then.
+pub(super) async fn alter(made: &mut [Made]) -> Result<Altered, MakeError> {
+    let mut altered = Altered::default();
+    for port in made {
+        if let Err(error) = altered.alter(port).await {
+            altered.undo().await;
+            return Err(error);
+        }
+    }
+    Ok(altered)
+}
+
+impl Altered {
+    async fn alter(&mut self, made: &mut Made) -> Result<(), MakeError> {
+        if let (Some(before), Doorbell::Server(listening)) = (&made.socket_of, &made.doorbell) {
+            let access = |port: &config::Port| (port.owner, port.group, port.socket_mode);
+            if access(&before.config) != access(&made.config) {
+                self.0.push(Was::Socket(Rc::clone(listening), Box::new(before.config.clone())));
+                listening.give_access(&made.config)?;
+            }
+        }
+        if let Some(before) = &made.tap_of {
+            let (was, wanted) = (&before.config.bridge, wanted(&made.config));
+            let left = |old: &Option<String>, new: &Option<String>| old.is_some() && new.is_none();
+            self.0.push(Was::Link(Wanted {
+                bridge: was.clone(),
+                no_bridge: left(&wanted.bridge, was),
+                mtu: Some(before.brief.mtu),
+                ..wanted.clone()
+            }));
+            let wanted = Wanted { no_bridge: left(was, &wanted.bridge), ..wanted };
+            made.mtu = blocking(move || link::configure(&wanted)).await?.mtu;
+        }
+        Ok(())
+    }
+
+    /// Makes everything as it was.
+    pub async fn undo(self) {
+        for was in self.0.into_iter().rev() {
+            let undone = match was {
+                Was::Socket(socket, config) => socket.give_access(&config).map_err(MakeError::from),
+                Was::Link(wanted) => {
+                    blocking(move || link::configure(&wanted)).await.map(drop).map_err(Into::into)
+                }
+            };
+            if let Err(error) = undone {
+                tracing::error!("a change that was not made could not be undone: {error}");
+            }
+        }
+    }
+}

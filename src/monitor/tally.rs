@@ -1,0 +1,84 @@
+//! What is counted of one port of a VM: it outlives connections, and goes on where the port's settings change.
+
+use std::{
+    cell::{Cell, RefCell},
+    os::fd::OwnedFd,
+};
+
+use crate::ledger::{Known, Ledger, LedgerError, Part, recover};
+
+/// Everything that is counted of a port.
+#[derive(Debug)]
+pub struct Tally {
+    ledger: Ledger,
+    /// The ledger as a file, for those who write it.
+    pub(super) ledger_file: OwnedFd,
+    known: RefCell<[Known; 2]>,
+    /// Front ends served.
+    pub(super) connections: Counter,
+    /// Front ends refused: of another user, or because one was connected.
+    pub(super) refused: Counter,
+    /// Keepers that died, each with its worker.
+    pub(super) keeper_deaths: Counter,
+}
+
+/// A number that only grows.
+#[derive(Debug, Default)]
+pub struct Counter(Cell<u64>);
+
+impl Counter {
+    /// One more.
+    pub fn count(&self) {
+        self.0.set(self.0.get() + 1);
+    }
+
+    /// How many so far.
+    #[must_use]
+    pub const fn get(&self) -> u64 {
+        self.0.get()
+    }
+}
+
+impl Tally {
+    /// A tally of nothing, for a port with so many pairs of queues.
+    ///
+    /// # Errors
+    /// When there is no memory for its ledger.
+    pub fn new(queue_pairs: u16) -> Result<Self, LedgerError> {
+        let (ledger, ledger_file) = Ledger::create(queue_pairs)?;
+        Ok(Self {
+            ledger,
+            ledger_file,
+            known: RefCell::new([Known::new(Part::receive(0)), Known::new(Part::transmit(0))]),
+            connections: Counter::default(),
+            refused: Counter::default(),
+            keeper_deaths: Counter::default(),
+        })
+    }
+
+    /// What was counted, read from the ledger now: receive, transmit.
+    pub fn counted(&self) -> [Known; 2] {
+        let mut known = self.known.borrow_mut();
+        for direction in known.iter_mut() {
+            direction.refresh(&self.ledger);
+        }
+        known.clone()
+    }
+
+    /// Workers that died: those that their keepers replaced, and those that died with their keepers.
+    #[must_use]
+    pub fn worker_restarts(&self) -> u64 {
+        self.ledger.worker_deaths() + self.keeper_deaths.get()
+    }
+
+    /// Connections that keepers gave up because one worker after the other died.
+    #[must_use]
+    pub fn connections_given_up(&self) -> u64 {
+        self.ledger.connections_given_up()
+    }
+
+    /// Keeper and worker are gone: what they left unfinished is counted, since no ring goes on.
+    pub fn close_accounts(&self) {
+        recover::abandon_all(&self.ledger);
+    }
+}
