@@ -23,7 +23,7 @@ use futures_util::future::join_all;
 
 use super::{
     added::{self, AddedError},
-    api::document::{Changes, Receive, Transmit},
+    api::document::Changes,
     host::{Host, Vm},
     make::{self, Made, MakeError, Wish},
     ports::{Parts, Port},
@@ -33,6 +33,7 @@ use crate::{
     config::{self, Config, Daemon, Faults},
     keeper::brief::Brief,
     label::Label,
+    ledger::{DropReason, Totals, Volume},
     policy::Policy,
 };
 
@@ -342,8 +343,7 @@ fn port_of(made: Made, vm: &str, number: usize, policy: Policy) -> Port {
 fn say_farewell(port: &Port) {
     let Brief { vm, label, port: number, .. } = &port.brief;
     let [receive, transmit] = port.tally.counted();
-    let transmit = serde_json::to_string(&Transmit::from(transmit.totals())).unwrap_or_default();
-    let receive = serde_json::to_string(&Receive::from(receive.totals())).unwrap_or_default();
+    let (transmit, receive) = (in_words(transmit.totals()), in_words(receive.totals()));
     tracing::info!(
         vm,
         label,
@@ -352,4 +352,31 @@ fn say_farewell(port: &Port) {
         receive,
         "the port is removed, with these last totals"
     );
+}
+
+/// Totals for people: what there was.
+fn in_words(totals: &Totals) -> String {
+    let volume = |Volume { frames, packets, bytes, wire_bytes }: Volume| {
+        format!("{frames} frames, {packets} packets, {bytes} bytes, {wire_bytes} wire bytes")
+    };
+    let dropped = DropReason::ALL.iter().zip(totals.dropped).filter(|(_, frames)| *frames > 0);
+    let dropped = dropped.map(|(reason, frames)| format!("; {frames} frames dropped: {}", reason.name()));
+    let (passed, suspect) = (volume(totals.passed), volume(totals.suspect));
+    format!("passed {passed}; suspect {suspect}{}", dropped.collect::<Vec<_>>().concat())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn last_totals_name_what_was_dropped_and_why() {
+        let mut totals = Totals { passed: Volume::frame(2, 3000, 3054), ..Totals::default() };
+        totals.dropped[DropReason::Runt.index()] = 7;
+        assert_eq!(
+            in_words(&totals),
+            "passed 1 frames, 2 packets, 3000 bytes, 3054 wire bytes; \
+             suspect 0 frames, 0 packets, 0 bytes, 0 wire bytes; 7 frames dropped: runt"
+        );
+    }
 }
