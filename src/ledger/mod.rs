@@ -8,6 +8,7 @@
 //! | [`writer`] | the worker's side |
 //! | [`recover`] | what a worker left that died, counted by its successor |
 //! | [`reader`] | the monitor's and the keeper's side |
+//! | `resume` | a new ledger that goes on from an earlier one |
 
 pub(crate) mod fault;
 pub mod layout;
@@ -15,6 +16,7 @@ mod log;
 pub mod reader;
 pub mod reason;
 pub mod recover;
+mod resume;
 mod slot;
 pub mod totals;
 pub mod writer;

@@ -30,6 +30,24 @@ impl Known {
         Self { part, totals: Totals::default(), queue_faults: 0, uncertain: 0, gone_back: 0 }
     }
 
+    /// What was known of an earlier ledger; the next one goes on from it ([`Ledger::resume`]).
+    #[must_use]
+    pub const fn resumed(
+        part: Part,
+        totals: Totals,
+        queue_faults: u64,
+        uncertain: u64,
+        gone_back: u64,
+    ) -> Self {
+        Self { part, totals, queue_faults, uncertain, gone_back }
+    }
+
+    /// Which part of the ledger.
+    #[must_use]
+    pub const fn part(&self) -> Part {
+        self.part
+    }
+
     /// Reads the ledger.
     pub fn refresh(&mut self, ledger: &Ledger) {
         if let Some(seen) = snapshot(ledger, self.part) {

@@ -150,7 +150,7 @@ impl Account {
 }
 
 /// A frame that was lost: how many packets it would have been, nobody knows.
-const fn lost(bytes: u64, suspect: bool) -> Entry {
+pub(super) const fn lost(bytes: u64, suspect: bool) -> Entry {
     let fate = Fate::Dropped(DropReason::Restart);
     let ended = Ended { volume: Volume::frame(1, bytes, bytes), suspect, fate, elements: 0 };
     Entry { ended, held: false, unreadable: false }
