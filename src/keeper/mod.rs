@@ -163,7 +163,7 @@ impl Keeper {
             timeout,
         )?;
         let end = match self.attend(termination) {
-            Err(why) if !why.is::<WorkerError>() => Ok(End::Fault(why)),
+            Err(why) if is_fault_of_front_end(&why) => Ok(End::Fault(why)),
             other => other,
         };
         self.stop_rings();
@@ -363,6 +363,11 @@ impl Keeper {
             }
         }
     }
+}
+
+/// True unless it was the worker that failed; one that breaks every worker is at fault itself.
+fn is_fault_of_front_end(why: &anyhow::Error) -> bool {
+    why.downcast_ref::<WorkerError>().is_none_or(|why| matches!(why, WorkerError::TooMany(_)))
 }
 
 fn readable(fd: BorrowedFd<'_>) -> PollFd<'_> {
