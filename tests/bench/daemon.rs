@@ -1,8 +1,9 @@
 //! A vmflow for the benches: one VM on a tap that is there already.
 
 use std::{
+    io::{BufRead, BufReader, Read},
     path::PathBuf,
-    process::{Child, Command, Stdio},
+    process::{Child, ChildStderr, Command, Stdio},
     time::Duration,
 };
 
@@ -23,6 +24,7 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 pub struct Vmflow {
     child: Child,
     directory: PathBuf,
+    _log: BufReader<ChildStderr>,
 }
 
 impl Vmflow {
@@ -31,15 +33,18 @@ impl Vmflow {
         std::fs::create_dir_all(&directory).expect("a temporary directory");
         let path = |name: &str| directory.join(name).display().to_string();
         let vm = format!("name=bench,socket={},tap={TAP}", path("bench.sock"));
-        let child = Command::new(env!("CARGO_BIN_EXE_vmflow"))
+        let mut child = Command::new(env!("CARGO_BIN_EXE_vmflow"))
             .args(["serve", "--vm", &vm, "--control", &path("control.sock"), "--state", &path("state")])
-            .env("VMFLOW_LOG", "off")
+            .env("VMFLOW_LOG", "vmflow::monitor=info")
             .stdin(Stdio::null())
+            .stderr(Stdio::piped())
             .spawn()
             .expect("vmflow starts");
-        let vmflow = Self { child, directory };
-        host::wait_for("vmflow", || vmflow.directory.join("stats.sock").exists());
-        vmflow
+        let mut log = BufReader::new(child.stderr.take().expect("piped"));
+        let ready = log.by_ref().lines().map_while(Result::ok).any(|line| line.contains("ready: "));
+        assert!(ready, "vmflow ended before it was ready");
+        // Nothing more is read; it is kept open so that nobody is told off for writing.
+        Self { child, directory, _log: log }
     }
 
     pub fn connect(&self, config: Config) -> Device {
