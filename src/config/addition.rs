@@ -34,9 +34,7 @@ impl Described {
         let mut vms = Vms::new(&mut judge, None);
         match self {
             Self::Arguments(arguments) => vms.judge_arguments("argument", arguments),
-            Self::File(file) => {
-                vms.judge_file(file);
-            }
+            Self::File(file) => vms.judge_file(file),
         }
         let vms = vms.finish();
         one(judge, vms, spot)

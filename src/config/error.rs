@@ -122,6 +122,16 @@ pub enum ConfigError {
         /// Who has it.
         first: Place,
     },
+    /// A thing that a VM which was added while running has, claimed by a file or argument.
+    #[error(
+        "{what} is taken at {first}, and this VM was added while running: take it out there, or remove this one (`vmflow remove`; this file while vmflow does not run)"
+    )]
+    TakenFromAdded {
+        /// The thing.
+        what: String,
+        /// Who has it, too.
+        first: Place,
+    },
     /// Two arguments about one VM that contradict each other.
     #[error("{key} {value} contradicts {first}: one VM has one {key}")]
     Contradicts {

@@ -114,7 +114,12 @@ impl Judge {
             Entry::Occupied(taken) => {
                 let what = taken.key().to_string();
                 let first = self.sources.place(*taken.get());
-                self.sources.fault(spot, ConfigError::Taken { what, first });
+                let error = if self.sources.is_added(spot) {
+                    ConfigError::TakenFromAdded { what, first }
+                } else {
+                    ConfigError::Taken { what, first }
+                };
+                self.sources.fault(spot, error);
             }
         }
     }

@@ -358,6 +358,33 @@ tap = "vmf-web1b"
     }
 
     #[test]
+    fn vms_that_were_added_come_last_and_do_not_stand_back_for_files() {
+        let (dir, file) = written("", &[]);
+        let state = dir.path().join("state");
+        std::fs::create_dir_all(state.join("vms.d")).unwrap();
+        let vm = |name: &str, tap: &str| {
+            format!("[[vm]]\nname = \"{name}\"\n[[vm.port]]\nsocket = \"/s/{tap}\"\ntap = \"{tap}\"\n")
+        };
+        let added = state.join("vms.d/a.toml");
+        std::fs::write(&added, vm("a", "t1")).unwrap();
+        std::fs::write(state.join("vms.d/.b.toml.new"), "[").unwrap();
+        let state = Some(state.display().to_string());
+        let origins = Origins { file: Some(file), state, ..arguments(&["name=b,socket=/s/2,tap=t2"]) };
+        let config = Config::load(&origins).unwrap();
+        assert_eq!(config.vms.iter().map(Vm::is_added).collect::<Vec<_>>(), [false, true]);
+        assert_eq!(config.vms[1].at, Place::Added(added.clone()));
+
+        std::fs::write(dir.path().join("vms.d/c.toml"), vm("a", "t3")).unwrap();
+        let (here, there) = (added.display(), dir.path().join("vms.d/c.toml"));
+        let said = format!(
+            "{here}:2:8: the VM name \"a\" is taken at {}:2:8, and this VM was added while running: take it out \
+             there, or remove this one (`vmflow remove`; this file while vmflow does not run)",
+            there.display()
+        );
+        assert_eq!(lines(&origins), [said]);
+    }
+
+    #[test]
     fn one_tap_name_in_two_namespaces_is_two_taps() {
         let two = |first, second| {
             arguments(&[

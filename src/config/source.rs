@@ -64,6 +64,8 @@ pub(super) struct Sources {
     texts: Vec<Source>,
     /// Sources of which a part could not be understood.
     garbled: HashSet<usize>,
+    /// Files of VMs that were added while running.
+    added: HashSet<PathBuf>,
     faults: Vec<(Spot, Fault)>,
 }
 
@@ -99,6 +101,24 @@ impl Sources {
             Some(Source::Argument(name)) => Place::Argument(name),
             Some(Source::Default(key)) => Place::Default(key),
             None => Place::Default("nothing"),
+        }
+    }
+
+    /// Notes that a file holds a VM that was added while running.
+    pub(super) fn expect_added(&mut self, file: &Path) {
+        self.added.insert(file.to_owned());
+    }
+
+    /// True for what was added while running.
+    pub(super) fn is_added(&self, spot: Spot) -> bool {
+        matches!(self.place_of_vm(spot), Place::Added(_))
+    }
+
+    /// Where a VM comes from, for people.
+    pub(super) fn place_of_vm(&self, spot: Spot) -> Place {
+        match self.place(spot) {
+            Place::File { path, .. } if self.added.contains(&path) => Place::Added(path),
+            place => place,
         }
     }
 

@@ -1,12 +1,12 @@
 //! VMs and ports: each value judged, and nothing claimed twice.
 
-use std::{collections::HashMap, fmt, io, ops::RangeInclusive, path::Path};
+use std::{fmt, io, ops::RangeInclusive, path::Path};
 
 use toml::Spanned;
 use uuid::Uuid;
 
 use super::{
-    Mac, Mode, NetNs, Place, Port, SuspectAction, TapName, Vm,
+    Mac, Mode, NetNs, Port, SuspectAction, TapName, Vm,
     error::ConfigError,
     ids::{GROUPS, USERS},
     judge::{At, Claim, Judge, Needed, at},
@@ -46,23 +46,20 @@ pub(super) struct Vms<'j> {
     /// The host's labels; none while the range itself is at fault.
     labels: Option<RangeInclusive<Label>>,
     drafts: Vec<Draft>,
-    /// Sources of VMs that were added while running, and their places.
-    added: HashMap<usize, Place>,
 }
 
 impl<'j> Vms<'j> {
     pub(super) fn new(judge: &'j mut Judge, labels: Option<RangeInclusive<Label>>) -> Self {
-        Self { judge, labels, drafts: Vec::new(), added: HashMap::new() }
+        Self { judge, labels, drafts: Vec::new() }
     }
 
     /// The VMs, whole if the judge found no fault.
     pub(super) fn finish(self) -> Vec<Vm> {
-        let Self { judge, drafts, added, .. } = self;
+        let Self { judge, drafts, .. } = self;
         let vm = |draft: Draft| {
             let name = draft.name?;
-            let at = added.get(&name.spot.source).cloned().unwrap_or_else(|| judge.sources.place(name.spot));
             Some(Vm {
-                at,
+                at: judge.sources.place_of_vm(name.spot),
                 name: name.value,
                 uuid: draft.uuid.map(|uuid| uuid.value),
                 label: draft.label.map(|label| label.value),
@@ -76,9 +73,7 @@ impl<'j> Vms<'j> {
     /// All files of a directory.
     pub(super) fn judge_files(&mut self, dir: &Path) {
         match strict::vm_files(dir) {
-            Ok(files) => files.iter().for_each(|file| {
-                self.judge_file(file);
-            }),
+            Ok(files) => files.iter().for_each(|file| self.judge_file(file)),
             Err(error) => self.judge.sources.unreadable(dir, &error),
         }
     }
@@ -89,9 +84,8 @@ impl<'j> Vms<'j> {
         match strict::vm_files(dir) {
             Ok(files) => {
                 for file in files {
-                    if let Some(source) = self.judge_file(&file) {
-                        self.added.insert(source, Place::Added(file));
-                    }
+                    self.judge.sources.expect_added(&file);
+                    self.judge_file(&file);
                 }
             }
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
@@ -99,11 +93,11 @@ impl<'j> Vms<'j> {
         }
     }
 
-    /// A file with VMs and nothing else; the number of its source.
-    pub(super) fn judge_file(&mut self, file: &Path) -> Option<usize> {
-        let (number, loose) = self.judge.sources.read_toml::<LooseVms>(file)?;
-        self.judge_all(number, loose.vm);
-        Some(number)
+    /// A file with VMs and nothing else.
+    pub(super) fn judge_file(&mut self, file: &Path) {
+        if let Some((number, loose)) = self.judge.sources.read_toml::<LooseVms>(file) {
+            self.judge_all(number, loose.vm);
+        }
     }
 
     /// Arguments of this kind.
