@@ -95,6 +95,19 @@ pub fn set_carrier(fd: impl AsFd, on: bool) -> io::Result<()> {
     by_pointer(fd, libc::TUNSETCARRIER, on.into())
 }
 
+/// Throws away the frames that wait in the tap: they were for the VM that had it before.
+pub fn drain(fd: impl AsFd) {
+    /// More than a tap holds: what comes meanwhile is for the new VM.
+    const MOST: usize = 10_000;
+    let mut head = [0; HEADER_LEN];
+    for _ in 0..MOST {
+        // The rest of a frame that has no room goes with it.
+        if rustix::io::read(&fd, &mut head).is_err() {
+            return;
+        }
+    }
+}
+
 /// Tells the kernel which frames the guest takes unfinished, by the features that its driver acknowledged.
 ///
 /// # Errors

@@ -35,6 +35,7 @@ use crate::{
     label::Label,
     ledger::{DropReason, Totals, Volume},
     policy::Policy,
+    tap,
 };
 
 /// Users (and groups) that keepers run as: this number plus the VM's label. The range up to 2^31 belongs to
@@ -193,6 +194,12 @@ impl Host {
             }
         }
         for port in vms.iter().flat_map(|vm| &vm.ports).filter(|port| !there.contains(&Rc::as_ptr(port))) {
+            if ending
+                .iter()
+                .any(|before| before.has_tap_of(&port.config) && before.brief.label != port.brief.label)
+            {
+                tap::drain(&port.tap);
+            }
             port.start();
         }
         self.replace(vms);
@@ -261,14 +268,14 @@ impl Drafts {
                 let now = before.policy();
                 policy.generation = now.generation + u64::from(now.suspect_action != suspect_action);
             }
-            let ports = drafts.ports(vm, before.as_deref());
+            let ports = drafts.ports(vm, *label, before.as_deref());
             drafts.vms.push(Draft { config: vm.clone(), policy, tag, before, ports });
         }
         drafts
     }
 
     /// Keepers know their VM's name: another name begins all ports anew.
-    fn ports(&mut self, vm: &config::Vm, before: Option<&Vm>) -> Vec<Option<Rc<Port>>> {
+    fn ports(&mut self, vm: &config::Vm, label: Label, before: Option<&Vm>) -> Vec<Option<Rc<Port>>> {
         let mut ports = Vec::new();
         for (number, config) in vm.ports.iter().enumerate() {
             let old = before.and_then(|before| before.ports.get(number));
@@ -276,7 +283,8 @@ impl Drafts {
             if stays.is_none() {
                 let same_queues = old.filter(|old| old.config.queue_pairs == config.queue_pairs);
                 let tally = same_queues.map(|old| Rc::clone(&old.tally));
-                self.wishes.push(Wish { config: config.clone(), tally });
+                let brief = brief(&vm.name, label, number, config);
+                self.wishes.push(Wish { config: config.clone(), brief, tally });
             }
             ports.push(stays.cloned());
         }
@@ -304,10 +312,11 @@ impl Drafts {
         let mut made = made.into_iter();
         let mut vms = Vec::with_capacity(self.vms.len());
         for Draft { config, policy, tag, ports, .. } in self.vms {
-            let whole = |(number, port): (usize, Option<Rc<Port>>)| {
-                port.or_else(|| Some(Rc::new(port_of(made.next()?, &config.name, number, policy))))
+            let begin = |Made { config, brief, doorbell, tap, tally, .. }: Made| {
+                Rc::new(Port::new(Parts { config, brief, doorbell, tap, tally, policy }))
             };
-            let ports = ports.into_iter().enumerate().filter_map(whole).collect();
+            let ports =
+                ports.into_iter().filter_map(|stays| stays.or_else(|| made.next().map(begin))).collect();
             vms.push(Rc::new(Vm::new(config, policy, tag, ports)));
         }
         vms
@@ -322,21 +331,19 @@ impl Draft {
     }
 }
 
-fn port_of(made: Made, vm: &str, number: usize, policy: Policy) -> Port {
-    let label = policy.label.get();
-    let Made { config, doorbell, tap, mtu, tally, .. } = made;
-    let brief = Brief {
+/// What the keepers of a port are told, but for the MTU.
+fn brief(vm: &str, label: Label, number: usize, config: &config::Port) -> Brief {
+    Brief {
         monitor: std::process::id(),
         vm: vm.to_owned(),
-        label,
+        label: label.get(),
         port: number,
-        uid: UID_BASE + label % UID_COUNT,
+        uid: UID_BASE + label.get() % UID_COUNT,
         queue_pairs: config.queue_pairs,
-        mtu,
+        mtu: 0,
         mac: config.mac.map(config::Mac::bytes),
         control_queue: config.control_queue,
-    };
-    Port::new(Parts { config, brief, doorbell, tap, tally, policy })
+    }
 }
 
 /// The last that is heard of a port: nobody can ask for its numbers any more.

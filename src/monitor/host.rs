@@ -177,10 +177,11 @@ impl Host {
         let found = in_force.config.vms.iter().find(|vm| which.is(&vm.name, vm.uuid));
         let vm = found.ok_or_else(|| which.missing())?.clone();
         let Place::Added(file) = vm.at else {
-            return Err(CommandError::Conflict(format!(
-                "VM {:?} is in {}: take it out there, and run `vmflow reload`",
-                vm.name, vm.at
-            )));
+            let how = match vm.at {
+                Place::VmArgument { .. } => "restart vmflow without it",
+                _ => "take it out there, and run `vmflow reload`",
+            };
+            return Err(CommandError::Conflict(format!("VM {:?} is in {}: {how}", vm.name, vm.at)));
         };
         let document = self.document(&vm.name)?;
         let mut next = in_force.config.clone();

@@ -57,6 +57,17 @@ pub enum LinkError {
     },
 }
 
+/// Finds out whether the network namespace and the bridge are there.
+///
+/// # Errors
+/// [`LinkError`] says which is not.
+pub fn check(wanted: &Wanted) -> Result<(), LinkError> {
+    let Some(bridge) = &wanted.bridge else {
+        return wanted.netns.as_deref().map_or(Ok(()), |path| open_namespace(path).map(drop));
+    };
+    inside(wanted.netns.as_deref(), async |handle| get(&handle, bridge).await.map(drop))
+}
+
 /// Moves, sets up and switches on.
 ///
 /// # Errors

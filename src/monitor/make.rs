@@ -14,7 +14,8 @@ use super::{
     tally::Tally,
 };
 use crate::{
-    config::{self, Mode},
+    config,
+    keeper::brief::Brief,
     ledger::LedgerError,
     tap::{self, TapError},
 };
@@ -54,6 +55,8 @@ pub enum MakeError {
 pub struct Wish {
     /// Its settings.
     pub config: config::Port,
+    /// What its keepers are told; the MTU is not known yet.
+    pub brief: Brief,
     /// What is counted of it so far, if it was there before.
     pub tally: Option<Rc<Tally>>,
 }
@@ -67,8 +70,8 @@ pub struct Made {
     pub doorbell: Doorbell,
     /// Its tap.
     pub tap: OwnedFd,
-    /// The tap's MTU in bytes; not known yet while another port has the tap.
-    pub mtu: u16,
+    /// What its keepers are told.
+    pub brief: Brief,
     /// What is counted of it.
     pub tally: Rc<Tally>,
     /// The port that has the tap until it ends.
@@ -90,31 +93,30 @@ pub(super) async fn make(
 ) -> Result<Vec<Made>, MakeError> {
     let mut doorbells = Vec::with_capacity(wishes.len());
     for wish in &wishes {
-        let before = ending.iter().find(|port| has_socket_of(port, &wish.config));
+        let before = ending.iter().find(|port| port.has_socket_of(&wish.config));
         let doorbell =
             before.map_or_else(|| Doorbell::open(&wish.config), |port| Ok(port.doorbell.clone()))?;
         doorbells.push((doorbell, before.cloned()));
     }
     let mut made = Vec::with_capacity(wishes.len());
-    for (Wish { config, tally }, (doorbell, socket_of)) in wishes.into_iter().zip(doorbells) {
-        let tap_of = ending.iter().find(|port| has_tap_of(port, &config)).cloned();
+    check(&wishes).await?;
+    for (Wish { config, brief, tally }, (doorbell, socket_of)) in wishes.into_iter().zip(doorbells) {
+        let tap_of = ending.iter().find(|port| port.has_tap_of(&config)).cloned();
         let (tap, mtu) = match &tap_of {
             Some(port) => (another(&port.tap, &config)?, port.brief.mtu),
             None => new_tap(&config, there, handed_in).await?,
         };
-        let tally = tally.map_or_else(|| Tally::new(config.queue_pairs).map(Rc::new), Ok)?;
-        made.push(Made { config, doorbell, tap, mtu, tally, tap_of, socket_of });
+        let tally = tally.map_or_else(|| Tally::new(&brief).map(Rc::new), Ok)?;
+        let brief = Brief { mtu, ..brief };
+        made.push(Made { config, doorbell, tap, brief, tally, tap_of, socket_of });
     }
     Ok(made)
 }
 
-fn has_socket_of(port: &Port, wanted: &config::Port) -> bool {
-    let server = [port.config.mode, wanted.mode].iter().all(|mode| *mode == Mode::Server);
-    server && port.config.socket == wanted.socket
-}
-
-fn has_tap_of(port: &Port, wanted: &config::Port) -> bool {
-    (&port.config.netns, &port.config.tap) == (&wanted.netns, &wanted.tap)
+/// Taps that were there before are touched only when what they shall be in is there.
+async fn check(wishes: &[Wish]) -> Result<(), LinkError> {
+    let wanted: Vec<_> = wishes.iter().map(|wish| wanted(&wish.config)).collect();
+    blocking(move || wanted.iter().try_for_each(link::check)).await
 }
 
 fn another(tap: &OwnedFd, config: &config::Port) -> Result<OwnedFd, MakeError> {
@@ -201,7 +203,7 @@ impl Altered {
                 ..wanted.clone()
             }));
             let wanted = Wanted { no_bridge: left(was, &wanted.bridge), ..wanted };
-            made.mtu = blocking(move || link::configure(&wanted)).await?.mtu;
+            made.brief.mtu = blocking(move || link::configure(&wanted)).await?.mtu;
         }
         Ok(())
     }

@@ -80,8 +80,13 @@ async fn serve(origins: Origins, config: &Config) -> anyhow::Result<()> {
 
 /// Reads the configuration again whenever the signal comes; the log tells how it ended.
 async fn reload_at(mut signal: Signal, host: Rc<Host>) {
+    use sd_notify::{NotifyState, notify};
     while signal.recv().await.is_some() {
+        if let Ok(now) = NotifyState::monotonic_usec_now() {
+            let _ = notify(&[NotifyState::Reloading, now]);
+        }
         let _ = host.reload().await;
+        let _ = notify(&[NotifyState::Ready]);
     }
 }
 

@@ -205,6 +205,19 @@ impl Port {
         matches!(tokio::time::timeout(patience, covered).await, Ok(Ok(_)))
     }
 
+    /// True if it listens at the socket that another one wants to listen at.
+    #[must_use]
+    pub fn has_socket_of(&self, other: &config::Port) -> bool {
+        let listen = [self.config.mode, other.mode].iter().all(|mode| *mode == config::Mode::Server);
+        listen && self.config.socket == other.socket
+    }
+
+    /// True if its tap is the one that another one wants.
+    #[must_use]
+    pub fn has_tap_of(&self, other: &config::Port) -> bool {
+        (&self.config.netns, &self.config.tap) == (&other.netns, &other.tap)
+    }
+
     /// True while a front end is connected.
     #[must_use]
     pub const fn is_connected(&self) -> bool {

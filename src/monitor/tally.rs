@@ -5,7 +5,10 @@ use std::{
     os::fd::OwnedFd,
 };
 
-use crate::ledger::{Known, Ledger, LedgerError, Part, recover};
+use crate::{
+    keeper::brief::Brief,
+    ledger::{Known, Ledger, LedgerError, Part, recover},
+};
 
 /// Everything that is counted of a port.
 #[derive(Debug)]
@@ -40,12 +43,12 @@ impl Counter {
 }
 
 impl Tally {
-    /// A tally of nothing, for a port with so many pairs of queues.
+    /// A tally of nothing, for a port that was not there before.
     ///
     /// # Errors
     /// When there is no memory for its ledger.
-    pub fn new(queue_pairs: u16) -> Result<Self, LedgerError> {
-        let (ledger, ledger_file) = Ledger::create(queue_pairs)?;
+    pub fn new(port: &Brief) -> Result<Self, LedgerError> {
+        let (ledger, ledger_file) = Ledger::create(port.queue_pairs)?;
         Ok(Self {
             ledger,
             ledger_file,

@@ -17,7 +17,7 @@ use vmflow_driver::{
 };
 
 use crate::{
-    harness::{PATIENCE, VMFLOW, Vmflow, count, dropped, run, unique, wait_for},
+    harness::{Netns, PATIENCE, Setup, VMFLOW, Vmflow, count, dropped, run, unique, wait_for},
     rig::{NAMES, Rig, frame, passes, receive_one, send_one},
     traffic::Traffic,
     wire::Wire,
@@ -344,6 +344,87 @@ fn what_a_port_leaves_another_gets_in_one_step() {
     drop(new.passes(&rig));
     let (transmit, receive) = rig.vmflow.totals("web4");
     assert_eq!((transmit.chains, receive.chains), (1, 1), "another VM's numbers begin at nothing");
+}
+
+#[test]
+fn frames_that_wait_for_one_vm_do_not_go_to_the_next() {
+    let rig = Rig::one("");
+    let (old, new) = (Guest::new(&rig, "web3"), Guest::new(&rig, "web4"));
+    let new = Guest { socket: old.socket.clone(), tap: old.tap.clone(), ..new };
+    let file = vms_file(&rig, "3.toml", &old.toml(""));
+    rig.vmflow.ok(&["reload"]);
+    let _device = old.passes(&rig);
+    // More than the guest has buffers for: the rest waits in the tap.
+    let wire = Wire::open(&rig.netns, &old.tap);
+    (0..500).for_each(|number| wire.send(&frame(60, number)));
+    fs::write(&file, new.toml("")).unwrap();
+    rig.vmflow.ok(&["reload"]);
+    let mut device = new.passes(&rig);
+    assert!(device.first().receive.receive().unwrap().is_none());
+    assert_eq!(rig.vmflow.totals("web4").1.chains, 1, "of the host's frames, it got its own");
+}
+
+#[test]
+fn what_was_altered_is_altered_back_when_a_later_step_fails() {
+    let rig = Rig::one("");
+    let (third, fourth) = (Guest::new(&rig, "web3"), Guest::new(&rig, "web4"));
+    let files = |mtu: u16, mode: &str, more: &str| {
+        vms_file(&rig, "3.toml", &third.toml(&format!("mtu = {mtu}\nsocket_mode = \"{mode}\"")));
+        vms_file(&rig, "4.toml", &fourth.toml(more));
+    };
+    files(1400, "0660", "");
+    rig.vmflow.ok(&["reload"]);
+    let mut device = third.passes(&rig);
+    // There is such an interface, but it is no bridge.
+    files(1300, "0600", "bridge = \"lo\"");
+    let text = |output: std::process::Output| String::from_utf8_lossy(&output.stderr).into_owned();
+    let refused = text(rig.vmflow.command(&["reload"]));
+    assert!(refused.contains(&fourth.tap) && refused.contains("cannot add it to its bridge"), "{refused}");
+    assert!(rig.netns.run("ip", &["link", "show", &third.tap]).contains("mtu 1400"));
+    assert_eq!(fs::metadata(&third.socket).unwrap().permissions().mode() & 0o777, 0o660);
+    send_one(&mut device, &frame(100, 3));
+    assert_eq!(rig.vmflow.port("web3").connections, 1);
+    files(1300, "0600", "");
+    assert_eq!(rig.vmflow.ok(&["reload"]), "changed: web3\n");
+}
+
+#[test]
+fn a_tap_goes_into_a_bridge_and_out_of_it() {
+    let rig = Rig::one("");
+    let (guest, bridge) = (Guest::new(&rig, "web3"), unique("b"));
+    rig.netns.run("ip", &["link", "add", &bridge, "type", "bridge"]);
+    let controller =
+        || rig.netns.run("ip", &["-o", "link", "show", &guest.tap]).contains(&format!("master {bridge}"));
+    vms_file(&rig, "3.toml", &guest.toml(""));
+    rig.vmflow.ok(&["reload"]);
+    for inside in [true, false, true] {
+        let more = if inside { format!("bridge = \"{bridge}\"") } else { String::new() };
+        vms_file(&rig, "3.toml", &guest.toml(&more));
+        assert_eq!(rig.vmflow.ok(&["reload"]), "changed: web3\n");
+        assert_eq!(controller(), inside);
+    }
+}
+
+#[test]
+fn the_service_manager_is_told_when_a_reload_begins_and_ends() {
+    let (netns, setup) = (Netns::new(), Setup::new());
+    let setup = setup.vm("web1", &unique("t"), &netns, "");
+    let notices = setup.directory.path().join("notify.sock");
+    let manager = std::os::unix::net::UnixDatagram::bind(&notices).unwrap();
+    manager.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut command = Command::new(VMFLOW);
+    command.arg("serve").arg("--config").arg(setup.file()).env("NOTIFY_SOCKET", &notices);
+    let vmflow = Vmflow::start_as(command, &setup.directory);
+    let told = || {
+        let mut bytes = [0; 100];
+        let n = manager.recv(&mut bytes).unwrap();
+        String::from_utf8_lossy(&bytes[..n]).trim().to_owned()
+    };
+    assert_eq!(told(), "READY=1");
+    vmflow.signal(rustix::process::Signal::HUP);
+    assert!(told().starts_with("RELOADING=1\nMONOTONIC_USEC="));
+    assert_eq!(told(), "READY=1");
+    vmflow.stop();
 }
 
 #[test]
