@@ -141,7 +141,10 @@ async fn monitor(mut commands: mpsc::Receiver<Command>, stats: Stats, tags: Tags
                 };
                 drop(reply.send(answer));
             }
-            Command::Vm(command) => change(command),
+            Command::Vm { command, by } => {
+                assert!(by.contains("uid "), "{by}");
+                change(command);
+            }
         }
     }
 }

@@ -177,6 +177,10 @@ impl Host {
         let changes = drafts.changes(&before);
         let vms = drafts.finish(made);
         self.enforce(vms, &ending).await;
+        // The kernel takes its time to remove a tap, which it does when the last descriptor is closed.
+        let taps: Vec<_> = ending.iter().filter_map(|port| port.tap.try_clone().ok()).collect();
+        drop((before, there, ending));
+        blocking(move || drop(taps)).await;
         Ok(changes)
     }
 

@@ -93,12 +93,12 @@ impl Host {
                 let vms = self.vms.borrow().iter().map(|vm| vm.document()).collect();
                 let _ = reply.send(Vms::new(self.node.clone(), vms));
             }
-            Command::Vm(command) => {
+            Command::Vm { command, by } => {
                 tokio::task::spawn_local(async move {
                     match command {
-                        VmCommand::Add(vm, reply) => drop(reply.send(self.add(&vm).await)),
-                        VmCommand::Remove(vm, reply) => drop(reply.send(self.remove(&vm).await)),
-                        VmCommand::Reload(reply) => drop(reply.send(self.reload().await)),
+                        VmCommand::Add(vm, reply) => drop(reply.send(self.add(&vm, &by).await)),
+                        VmCommand::Remove(vm, reply) => drop(reply.send(self.remove(&vm, &by).await)),
+                        VmCommand::Reload(reply) => drop(reply.send(self.reload(&by).await)),
                     }
                 });
             }
@@ -129,11 +129,11 @@ impl Host {
     ///
     /// # Errors
     /// As [`Self::load`], and [`CommandError::NotApplied`] for a worker that does not answer.
-    pub async fn reload(&self) -> Result<Changes, CommandError> {
+    pub async fn reload(&self, by: &str) -> Result<Changes, CommandError> {
         match self.load().await {
             Ok(changes) => {
                 let Changes { added, removed, changed, .. } = &changes;
-                tracing::info!(?added, ?removed, ?changed, "the configuration is reloaded");
+                tracing::info!(?added, ?removed, ?changed, by, "the configuration is reloaded");
                 for vm in self.vms() {
                     vm.acknowledged().await?;
                 }
@@ -145,7 +145,7 @@ impl Host {
                     other => other.into(),
                 };
                 for line in error.to_string().lines() {
-                    tracing::error!("the configuration is not reloaded: {line}");
+                    tracing::error!(by, "the configuration is not reloaded: {line}");
                 }
                 Err(error)
             }
@@ -153,7 +153,7 @@ impl Host {
     }
 
     /// Adds a VM, described in JSON.
-    async fn add(&self, vm: &[u8]) -> Result<Added, CommandError> {
+    async fn add(&self, vm: &[u8], by: &str) -> Result<Added, CommandError> {
         let mut in_force = self.in_force.lock().await;
         let mut vm = in_force.config.judge_addition(vm).map_err(ChangeError::from)?;
         if let Some(there) = in_force.config.vms.iter().find(|there| there.name == vm.name) {
@@ -167,12 +167,12 @@ impl Host {
         next.vms.push(vm);
         self.apply(&mut in_force, next, Files::Keep(file, text)).await?;
         let document = self.document(&name)?;
-        tracing::info!(vm = name, label = document.label, "the VM is added");
+        tracing::info!(vm = name, label = document.label, by, "the VM is added");
         Ok(Added { vm: document, is_new: true })
     }
 
     /// Removes a VM that was added.
-    async fn remove(&self, which: &Which) -> Result<VmDocument, CommandError> {
+    async fn remove(&self, which: &Which, by: &str) -> Result<VmDocument, CommandError> {
         let mut in_force = self.in_force.lock().await;
         let found = in_force.config.vms.iter().find(|vm| which.is(&vm.name, vm.uuid));
         let vm = found.ok_or_else(|| which.missing())?.clone();
@@ -187,7 +187,7 @@ impl Host {
         let mut next = in_force.config.clone();
         next.vms.retain(|other| other.name != vm.name);
         self.apply(&mut in_force, next, Files::Forget(file)).await?;
-        tracing::info!(vm = vm.name, label = document.label, "the VM is removed, and its label retired");
+        tracing::info!(vm = vm.name, label = document.label, by, "the VM is removed, and its label retired");
         Ok(document)
     }
 

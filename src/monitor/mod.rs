@@ -85,7 +85,7 @@ async fn reload_at(mut signal: Signal, host: Rc<Host>) {
         if let Ok(now) = NotifyState::monotonic_usec_now() {
             let _ = notify(&[NotifyState::Reloading, now]);
         }
-        let _ = host.reload().await;
+        let _ = host.reload("SIGHUP").await;
         let _ = notify(&[NotifyState::Ready]);
     }
 }

@@ -132,6 +132,7 @@ fn a_vm_that_is_added_by_command_is_served_kept_over_a_restart_and_gone_when_rem
     drop(guest.passes(&rig));
 
     assert_eq!(rig.vmflow.ok(&["remove", "web3"]), "web3 is removed, and its label 2 retired\n");
+    assert!(rig.vmflow.log().wait("label=2 by=\"root (uid 0, pid "), "the log says who did it");
     assert!(!guest.socket.exists(), "its socket is still there");
     assert!(!rig.netns.run("ip", &["link"]).contains(&guest.tap), "its tap is still there");
     assert_eq!(labels(&rig.vmflow), [("web1".into(), 1)]);
@@ -240,7 +241,7 @@ fn files_are_reloaded_by_command_and_by_signal_and_only_what_they_change_is_chan
 
     let file = vms_file(&rig, "3.toml", &fourth.toml("mtu = 1300"));
     rig.vmflow.signal(rustix::process::Signal::HUP);
-    assert!(rig.vmflow.log().wait(r#"is reloaded added=["web4"] removed=["web3"] changed=[]"#));
+    assert!(rig.vmflow.log().wait(r#"is reloaded added=["web4"] removed=["web3"] changed=[] by="SIGHUP""#));
     assert_eq!(labels(&rig.vmflow)[2], ("web4".into(), 4), "the label of web3 is not given again");
     assert!(!third.socket.exists());
     drop(fourth.passes(&rig));
@@ -590,6 +591,29 @@ fn a_removal_that_takes_long_delays_nobody_who_looks() {
     assert!(rig.vmflow.processes("vmf-").is_empty());
 }
 
+/// The kernel takes a while to remove a tap.
+#[test]
+fn many_vms_that_go_at_once_delay_nobody_who_looks() {
+    let rig = Rig::one("");
+    let guests: Vec<_> = (0..60).map(|n| Guest::new(&rig, &format!("many{n}")).toml("")).collect();
+    let file = vms_file(&rig, "many.toml", &guests.concat());
+    rig.vmflow.ok(&["reload"]);
+    assert_eq!(labels(&rig.vmflow).len(), 61);
+    fs::remove_file(file).unwrap();
+    std::thread::scope(|scope| {
+        let reload = scope.spawn(|| rig.vmflow.ok(&["reload"]));
+        let mut looks = 0;
+        while !reload.is_finished() {
+            rig.vmflow.stats();
+            looks += 1;
+        }
+        assert!(reload.join().unwrap().starts_with("removed: many0, many1, "));
+        assert!(looks > 10, "only {looks} looks while the taps went");
+    });
+    let interfaces = rig.netns.run("ls", &["/sys/class/net"]);
+    assert_eq!(interfaces.lines().filter(|name| *name != "lo").collect::<Vec<_>>(), rig.taps);
+}
+
 /// Descriptors, threads and resident memory in KiB of the monitor.
 fn taken(vmflow: &Vmflow) -> [usize; 3] {
     let process = format!("/proc/{}", vmflow.pid());
@@ -700,7 +724,9 @@ fn a_vm_that_is_in_a_file_and_added_stops_a_start_with_both_places() {
     let file = vms_file(&rig, "3.toml", &guest.toml(""));
     let Rig { vmflow, setup, .. } = rig;
     vmflow.stop();
-    let output = Command::new(VMFLOW).arg("serve").arg("--config").arg(setup.file()).output().unwrap();
+    // If it starts all the same, it is ended.
+    let mut start = Command::new("timeout");
+    let output = start.args(["20", VMFLOW, "serve", "--config"]).arg(setup.file()).output().unwrap();
     let text = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(2), "{text}");
     assert!(text.contains("state/vms.d/web3.toml:") && text.contains(&file.display().to_string()), "{text}");

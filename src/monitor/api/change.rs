@@ -12,7 +12,7 @@ use tokio::sync::oneshot;
 use uuid::Uuid;
 
 use super::{
-    Command, CommandError, Limits, Monitor, Refusal,
+    Command, CommandError, Limits, Monitor, Peer, Refusal,
     document::{Changes, VmDocument},
     json, read_body, vm_name,
 };
@@ -80,10 +80,11 @@ pub(super) fn routes(router: Router<Monitor>) -> Router<Monitor> {
 async fn add(
     State(monitor): State<Monitor>,
     Extension(limits): Extension<Limits>,
+    Extension(peer): Extension<Peer>,
     request: Request,
 ) -> Result<Response, Refusal> {
     let vm = read_body(request.into_body(), limits).await?;
-    match monitor.ask(limits, |reply| Command::Vm(VmCommand::Add(vm, reply))).await? {
+    match monitor.command(limits, peer, |reply| VmCommand::Add(vm, reply)).await? {
         Ok(Added { vm, is_new }) => {
             let status = if is_new { StatusCode::CREATED } else { StatusCode::OK };
             Ok(json(status, &vm))
@@ -95,14 +96,16 @@ async fn add(
 async fn remove(
     State(monitor): State<Monitor>,
     Extension(limits): Extension<Limits>,
+    Extension(peer): Extension<Peer>,
     name: Result<Path<String>, PathRejection>,
 ) -> Result<Response, Refusal> {
-    monitor.remove(limits, Which::Name(vm_name(name)?)).await
+    monitor.remove(limits, peer, Which::Name(vm_name(name)?)).await
 }
 
 async fn remove_by_uuid(
     State(monitor): State<Monitor>,
     Extension(limits): Extension<Limits>,
+    Extension(peer): Extension<Peer>,
     uri: Uri,
 ) -> Result<Response, Refusal> {
     let uuid = uri.query().and_then(|query| query.strip_prefix(UUID_QUERY));
@@ -111,22 +114,33 @@ async fn remove_by_uuid(
         let text = "say which VM: DELETE /v1/vms/NAME, or DELETE /v1/vms?uuid=UUID";
         Refusal::new(StatusCode::BAD_REQUEST, text)
     })?;
-    monitor.remove(limits, Which::Uuid(uuid)).await
+    monitor.remove(limits, peer, Which::Uuid(uuid)).await
 }
 
 async fn reload(
     State(monitor): State<Monitor>,
     Extension(limits): Extension<Limits>,
+    Extension(peer): Extension<Peer>,
 ) -> Result<Response, Refusal> {
-    match monitor.ask(limits, |reply| Command::Vm(VmCommand::Reload(reply))).await? {
+    match monitor.command(limits, peer, VmCommand::Reload).await? {
         Ok(changes) => Ok(json(StatusCode::OK, &changes)),
         Err(error) => Err(monitor.refusal(limits, error).await?),
     }
 }
 
 impl Monitor {
-    async fn remove(&self, limits: Limits, which: Which) -> Result<Response, Refusal> {
-        match self.ask(limits, |reply| Command::Vm(VmCommand::Remove(which, reply))).await? {
+    /// Sends a command on behalf of a peer, and waits for its reply.
+    async fn command<T>(
+        &self,
+        limits: Limits,
+        peer: Peer,
+        command: impl FnOnce(oneshot::Sender<T>) -> VmCommand,
+    ) -> Result<T, Refusal> {
+        self.ask(limits, |reply| Command::Vm { command: command(reply), by: peer.to_string() }).await
+    }
+
+    async fn remove(&self, limits: Limits, peer: Peer, which: Which) -> Result<Response, Refusal> {
+        match self.command(limits, peer, |reply| VmCommand::Remove(which, reply)).await? {
             Ok(vm) => Ok(json(StatusCode::OK, &vm)),
             Err(error) => Err(self.refusal(limits, error).await?),
         }

@@ -65,7 +65,12 @@ pub enum Command {
         reply: oneshot::Sender<Result<VmDocument, CommandError>>,
     },
     /// Changes which VMs there are.
-    Vm(VmCommand),
+    Vm {
+        /// How.
+        command: VmCommand,
+        /// Who asks: the process at the other end of the control socket.
+        by: String,
+    },
 }
 
 /// A tag that an operator wants.
