@@ -28,7 +28,12 @@ const REASON_MAX: usize = 200;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Command {
     /// Be the monitor.
-    Serve(Origins),
+    Serve {
+        /// Where its configuration comes from.
+        origins: Origins,
+        /// Where what was counted is lost, numbers begin at 0.
+        forget_totals: bool,
+    },
     /// Judge a configuration and change nothing.
     Check(Origins),
     /// Ask the running monitor.
@@ -190,6 +195,9 @@ struct LowServe {
     /// What becomes of frames under a suspect label
     #[arg(long, value_name = "count|drop")]
     suspect_action: Option<String>,
+    /// Begin every VM's numbers at 0 if the file with the totals is missing or damaged; an intact one is kept
+    #[arg(long)]
+    forget_totals: bool,
 }
 
 /// Why there is no command to run.
@@ -230,7 +238,10 @@ impl LowArgs {
         let written = self.control;
         let control = PathBuf::from(written.as_deref().unwrap_or(DEFAULT_CONTROL));
         Ok(match self.command {
-            LowCommand::Serve(serve) => Command::Serve(serve.strict(written)?),
+            LowCommand::Serve(serve) => {
+                let forget_totals = serve.forget_totals;
+                Command::Serve { origins: serve.strict(written)?, forget_totals }
+            }
             LowCommand::Check { config } => {
                 Command::Check(Origins { file: Some(config), control: written, ..Origins::default() })
             }
@@ -293,9 +304,9 @@ fn tag_reason(text: &str) -> Result<String, CliError> {
 pub fn run(command: Command) -> Result<(), CliError> {
     match command {
         Command::Check(origins) => check(&Config::load(&origins)?, &mut io::stdout().lock()),
-        Command::Serve(origins) => {
+        Command::Serve { origins, forget_totals } => {
             let config = Config::load(&origins)?;
-            Ok(monitor::run(origins, &config)?)
+            Ok(monitor::run(origins, &config, forget_totals)?)
         }
         Command::Ask { control, action } => ask(&control, &action),
         Command::Keeper(brief) => keeper::run(*brief).then_some(()).ok_or(CliError::Said),
@@ -363,7 +374,7 @@ mod tests {
     #[test]
     fn the_default_file_is_read_unless_vms_are_named() {
         let file = |line| match typed(line) {
-            Ok(Command::Serve(origins)) => origins.file,
+            Ok(Command::Serve { origins, .. }) => origins.file,
             other => panic!("{other:?}"),
         };
         assert_eq!(file("serve"), Some(DEFAULT_FILE.into()));
@@ -381,7 +392,7 @@ mod tests {
             suspect: Some(SuspectAction::Drop),
         };
         let line = "serve --vm name=a,tap=b --vm name=c --control /c --state /s --suspect-action drop";
-        assert_eq!(typed(line), Ok(Command::Serve(origins)));
+        assert_eq!(typed(line), Ok(Command::Serve { origins, forget_totals: false }));
         assert_eq!(
             typed("serve --suspect-action mirror").unwrap_err(),
             "vmflow: --suspect-action: the suspect action \"mirror\" is not in this release: \

@@ -29,7 +29,7 @@
 //! | [`config`], [`cli`] | what the operator wrote: loose as written, then strict as meant |
 //! | [`label`] | the numbers that VMs are known by |
 //! | [`features`] | what a port offers |
-//! | [`monitor`] | start-up order; [`monitor::change`] VMs come, change and go, [`monitor::make`] what ports are made of, [`monitor::registry`] labels and [`monitor::added`] added VMs on disk, [`monitor::doorbell`] front ends come, [`monitor::ports`] one port's life, [`monitor::tally`] what is counted of it, [`monitor::connection`] one connection's, [`monitor::spawn`] keepers start, [`monitor::link`] the tap as an interface, [`monitor::api`] HTTP on unix sockets, [`monitor::host`] what it is about |
+//! | [`monitor`] | start-up order; [`monitor::change`] VMs come, change and go, [`monitor::make`] what ports are made of, [`monitor::registry`] labels and [`monitor::added`] added VMs on disk, [`monitor::checkpoint`] totals on disk, [`monitor::doorbell`] front ends come, [`monitor::ports`] one port's life, [`monitor::tally`] what is counted of it, [`monitor::connection`] one connection's, [`monitor::spawn`] keepers start, [`monitor::link`] the tap as an interface, [`monitor::api`] HTTP on unix sockets, [`monitor::host`] what it is about |
 //! | [`tap`] | taps: made, taken over, set up |
 //! | [`keeper`] | one connection: [`keeper::message`] vhost-user on the wire, [`keeper::gate`] what is let through, [`keeper::memory`] regions, [`keeper::session`] what the next worker must be told, [`keeper::watch`] and [`keeper::deaths`] whether there is to be one, [`keeper::door`] rights given up, [`keeper::worker`] the session with the worker |
 //! | [`worker`] | [`worker::device`] events to queues, [`worker::vring`] the crate's ring, mended |

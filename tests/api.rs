@@ -240,7 +240,7 @@ const NUMBERED: &str = concat!(
     r#""no_buffers":124,"buffers_too_small":125,"rule":126,"default":127,"suspect_policy":128,"guard":129,"#,
     r#""rate_limit":130,"quarantine":131,"tap_refused":132,"tap_down":133,"ring_disabled":134,"restart":135,"#,
     r#""restart_unmatched":136},"dropped_packets":137,"dropped_bytes":138,"#,
-    r#""tap":{"reads":139,"read_bytes":140}}}]}]}"#,
+    r#""tap":{"reads":139,"read_bytes":140}}}]}],"gaps":[]}"#,
     "\n"
 );
 

@@ -179,7 +179,14 @@ pub(super) fn below(stats: &Stats) -> String {
         text.push_str(&tag_line(&vm.name, vm.tag.as_ref()));
         text.push_str(&events(vm));
     }
-    text + &balance(stats)
+    text + &lost(stats) + &balance(stats)
+}
+
+/// Since when numbers may be too low, if they may.
+fn lost(stats: &Stats) -> String {
+    let Some(last) = stats.gaps.last() else { return String::new() };
+    let (number, why) = (stats.gaps.len(), last.reason.meaning());
+    format!("gaps: {number}, last {} to {}: {why}\n", last.from, last.to)
 }
 
 fn tag_line(vm: &str, tag: Option<&Tag>) -> String {
@@ -357,7 +364,10 @@ mod tests {
     use super::*;
     use crate::{
         label::Label,
-        monitor::api::document::{PortDocument, Transmit, VmDocument},
+        monitor::{
+            api::document::{Gap, PortDocument, Transmit, VmDocument},
+            checkpoint::GapReason,
+        },
     };
 
     #[test]
@@ -365,6 +375,10 @@ mod tests {
         let mut stats = fixture::stats();
         stats.vms[0].ports[0].worker_restarts = 1;
         stats.vms[0].ports[0].uncertain = 2;
+        for to in ["2026-01-02T03:04:06Z", "2026-01-02T03:04:07Z"] {
+            let (from, to) = ("2026-01-02T03:04:05Z".into(), to.into());
+            stats.gaps.push(Gap { from, to, reason: GapReason::Killed });
+        }
         let wanted = "\
 VM       DIRECTION FRAMES PACKETS   BYTES SUSPECT DROPPED IN-FLIGHT TAP-OPS
 web1     transmit  1.23 M  55.0 M 78.0 GB  <0.1 %      27         0   30021
@@ -378,6 +392,7 @@ web1: frames dropped in transmit
                         ring could not be matched.
 web1: suspect since 2026-01-02T03:04:05Z by root (uid 0, pid 1): scans
 web1: worker restarts: 1, uncertain tap operations: 2
+gaps: 2, last 2026-01-02T03:04:05Z to 2026-01-02T03:04:07Z: vmflow was killed
 ledger: balanced
 ";
         assert_eq!(stats_table(&stats), wanted, "\n{}", stats_table(&stats));

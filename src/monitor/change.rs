@@ -24,6 +24,7 @@ use futures_util::future::join_all;
 use super::{
     added::{self, AddedError},
     api::document::Changes,
+    checkpoint::PortCounters,
     host::{Host, Vm},
     make::{self, Made, MakeError, Wish},
     ports::{Parts, Port},
@@ -164,6 +165,9 @@ impl Host {
         let before = self.vms();
         let (plan, labels) = plan_labels(in_force, &before, &next).await?;
         let mut drafts = Drafts::new(&before, &next, &labels, &plan);
+        for wish in &mut drafts.wishes {
+            wish.counted = self.checkpoint.counted((wish.brief.label(), wish.brief.port));
+        }
         let there: Vec<_> = before.iter().flat_map(|vm| &vm.ports).cloned().collect();
         let ending: Vec<_> = there.iter().filter(|port| !drafts.stays(port)).cloned().collect();
         let wishes = std::mem::take(&mut drafts.wishes);
@@ -192,6 +196,7 @@ impl Host {
         }
         join_all(ending.iter().map(|port| port.end())).await;
         for port in ending {
+            self.checkpoint.gather(port);
             let goes_on = vms.iter().flat_map(|vm| &vm.ports).any(|p| Rc::ptr_eq(&p.tally, &port.tally));
             if !goes_on {
                 say_farewell(port);
@@ -287,8 +292,8 @@ impl Drafts {
             if stays.is_none() {
                 let same_queues = old.filter(|old| old.config.queue_pairs == config.queue_pairs);
                 let tally = same_queues.map(|old| Rc::clone(&old.tally));
-                let brief = brief(&vm.name, label, number, config);
-                self.wishes.push(Wish { config: config.clone(), brief, tally });
+                let (brief, counted) = (brief(&vm.name, label, number, config), PortCounters::default());
+                self.wishes.push(Wish { config: config.clone(), brief, tally, counted });
             }
             ports.push(stays.cloned());
         }

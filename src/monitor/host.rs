@@ -15,6 +15,7 @@ use super::{
         document::{self, Changes, Mode, PortDocument, PortStats, Stats, VmDocument, VmStats, Vms, rfc3339},
     },
     change::{ChangeError, Files, InForce, blocking},
+    checkpoint::Checkpoint,
     ports::Port,
     registry::Tag,
 };
@@ -55,14 +56,15 @@ pub struct Host {
     vms: RefCell<Vec<Rc<Vm>>>,
     /// One change at a time.
     in_force: Mutex<InForce>,
+    pub(super) checkpoint: Checkpoint,
 }
 
 impl Host {
     /// A host without VMs yet.
     #[must_use]
-    pub fn new(origins: Origins, in_force: InForce) -> Self {
+    pub fn new(origins: Origins, in_force: InForce, checkpoint: Checkpoint) -> Self {
         let node = in_force.config.daemon.node.clone();
-        Self { node, origins, vms: RefCell::default(), in_force: Mutex::new(in_force) }
+        Self { node, origins, vms: RefCell::default(), in_force: Mutex::new(in_force), checkpoint }
     }
 
     /// The VMs that there are.
@@ -78,16 +80,36 @@ impl Host {
     /// Ends all ports in good order, after a change that is being made.
     pub async fn end(&self) {
         let _last = self.in_force.lock().await;
-        let ports: Vec<_> = self.vms().iter().flat_map(|vm| &vm.ports).cloned().collect();
+        let ports = self.ports();
         join_all(ports.iter().map(|port| port.end())).await;
+        ports.iter().for_each(|port| self.checkpoint.gather(port));
         self.replace(Vec::new());
+    }
+
+    /// Every port.
+    fn ports(&self) -> Vec<Rc<Port>> {
+        self.vms().iter().flat_map(|vm| &vm.ports).cloned().collect()
+    }
+
+    /// Writes the ports' numbers to disk for as long as it is polled.
+    pub async fn keep_numbers(&self) {
+        self.checkpoint.keep(|| self.ports()).await;
+    }
+
+    /// Writes the last numbers; all of them, if the ports have ended.
+    pub async fn finish_numbers(&self, ended: bool) {
+        self.checkpoint.finish(|| self.ports(), ended).await;
     }
 
     /// Does what the API asks. A change goes on in a task of its own: it may have to wait for a worker.
     pub fn obey(self: Rc<Self>, command: Command) {
         match command {
             Command::Stats(reply) => {
-                let _ = reply.send(self.stats());
+                tokio::task::spawn_local(async move {
+                    let stats = self.stats();
+                    self.checkpoint.cover(|| self.ports()).await;
+                    let _ = reply.send(stats);
+                });
             }
             Command::Vms(reply) => {
                 let vms = self.vms.borrow().iter().map(|vm| vm.document()).collect();
@@ -111,7 +133,10 @@ impl Host {
     }
 
     fn stats(&self) -> Stats {
-        Stats::new(self.node.clone(), self.vms.borrow().iter().map(|vm| vm.stats()).collect())
+        let vms = self.vms.borrow().iter().map(|vm| vm.stats()).collect();
+        let mut stats = Stats::new(self.node.clone(), vms);
+        stats.gaps = self.checkpoint.gaps().iter().map(Into::into).collect();
+        stats
     }
 
     /// Turns what runs into what the configuration says now; at the start, from nothing.

@@ -7,6 +7,7 @@ use std::{collections::HashMap, io, os::fd::OwnedFd, path::PathBuf, rc::Rc};
 
 use super::{
     change::blocking,
+    checkpoint::PortCounters,
     doorbell::{Doorbell, Listening},
     link::{self, LinkError, Wanted},
     listen::BindError,
@@ -57,8 +58,10 @@ pub struct Wish {
     pub config: config::Port,
     /// What its keepers are told; the MTU is not known yet.
     pub brief: Brief,
-    /// What is counted of it so far, if it was there before.
+    /// What is counted of it so far, if it is there.
     pub tally: Option<Rc<Tally>>,
+    /// What was counted of it when it was there last; a tally is newer.
+    pub counted: PortCounters,
 }
 
 /// What it will be made of.
@@ -100,13 +103,13 @@ pub(super) async fn make(
     }
     let mut made = Vec::with_capacity(wishes.len());
     check(&wishes).await?;
-    for (Wish { config, brief, tally }, (doorbell, socket_of)) in wishes.into_iter().zip(doorbells) {
+    for (Wish { config, brief, tally, counted }, (doorbell, socket_of)) in wishes.into_iter().zip(doorbells) {
         let tap_of = ending.iter().find(|port| port.has_tap_of(&config)).cloned();
         let (tap, mtu) = match &tap_of {
             Some(port) => (another(&port.tap, &config)?, port.brief.mtu),
             None => new_tap(&config, there, handed_in).await?,
         };
-        let tally = tally.map_or_else(|| Tally::new(&brief).map(Rc::new), Ok)?;
+        let tally = tally.map_or_else(|| Tally::new(&brief, &counted).map(Rc::new), Ok)?;
         let brief = Brief { mtu, ..brief };
         made.push(Made { config, doorbell, tap, brief, tally, tap_of, socket_of });
     }

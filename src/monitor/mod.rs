@@ -2,12 +2,13 @@
 //! outside sees. It never touches a frame.
 //!
 //! Order of start-up: what can be refused is refused before anything changes. First the state directory, which
-//! no other vmflow may have, and the API's sockets; then the configuration comes into force as any later change
+//! no other vmflow may have, with the labels and the totals in it, and the API's sockets; then the configuration comes into force as any later change
 //! of it does ([`change`]); and when all of it listens, it says so.
 
 pub mod added;
 pub mod api;
 pub mod change;
+pub mod checkpoint;
 pub mod connection;
 pub mod doorbell;
 pub mod host;
@@ -31,6 +32,7 @@ use tokio::{
 
 use crate::config::{Config, Origins};
 use change::InForce;
+use checkpoint::Checkpoint;
 use host::Host;
 use listen::{Access, Claim};
 use registry::Registry;
@@ -45,33 +47,46 @@ const CONTROL_MODE: u32 = 0o600;
 const STATS_MODE: u32 = 0o660;
 
 /// Runs until it is told to end. `config` is what `origins` say; they are read again when the labels are ours.
+/// `forget_totals`: where what was counted is lost, numbers begin at 0.
 ///
 /// # Errors
 /// One line that says what is wrong and where; nothing was changed then that a later start would not find
 /// right.
-pub fn run(origins: Origins, config: &Config) -> anyhow::Result<()> {
+pub fn run(origins: Origins, config: &Config, forget_totals: bool) -> anyhow::Result<()> {
     rustix::thread::set_name(c"vmf-mon")?;
     set_child_subreaper(Some(rustix::process::getpid()))?;
     let limit = getrlimit(Resource::Nofile);
     setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit })?;
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().thread_name("vmf-mon").build()?;
-    LocalSet::new().block_on(&runtime, serve(origins, config))
+    LocalSet::new().block_on(&runtime, serve(origins, config, forget_totals))
 }
 
-async fn serve(origins: Origins, config: &Config) -> anyhow::Result<()> {
+async fn serve(origins: Origins, config: &Config, forget_totals: bool) -> anyhow::Result<()> {
     let (end, reload) = (TheEnd::watch()?, signal(SignalKind::hangup())?);
     let registry = Registry::open(&config.daemon.state)?;
+    let checkpoint = Checkpoint::open(&registry, forget_totals)?;
     let api = Api::bind(config)?;
-    let host = Rc::new(Host::new(origins, InForce::new(config, registry, inherited::take())));
-    host.load().await?;
+    checkpoint.begin()?;
+    let in_force = InForce::new(config, registry, inherited::take());
+    let host = Rc::new(Host::new(origins, in_force, checkpoint));
+    if let Err(error) = host.load().await {
+        host.finish_numbers(true).await; // nothing was counted
+        return Err(error.into());
+    }
+    let upkeep = Rc::clone(&host);
+    tokio::task::spawn_local(async move { upkeep.keep_numbers().await });
     let api = api.serve(&host)?;
     tokio::task::spawn_local(reload_at(reload, Rc::clone(&host)));
     announce(&host, config);
     end.comes().await;
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
-    if tokio::time::timeout(END_DEADLINE, host.end()).await.is_err() {
+    let ended = tokio::time::timeout(END_DEADLINE, host.end()).await.is_ok();
+    if !ended {
         tracing::error!("some ports did not end within {END_DEADLINE:?}: left behind");
+    }
+    if tokio::time::timeout(END_DEADLINE, host.finish_numbers(ended)).await.is_err() {
+        tracing::error!("the last totals are not on disk after {END_DEADLINE:?}: left behind");
     }
     drop((api, host)); // removes the sockets
     tracing::info!("ended");

@@ -5,9 +5,10 @@ use std::{
     os::fd::OwnedFd,
 };
 
+use super::checkpoint::PortCounters;
 use crate::{
     keeper::brief::Brief,
-    ledger::{Known, Ledger, LedgerError, Part, recover},
+    ledger::{Known, Ledger, LedgerError, recover},
 };
 
 /// Everything that is counted of a port.
@@ -17,17 +18,25 @@ pub struct Tally {
     /// The ledger as a file, for those who write it.
     pub(super) ledger_file: OwnedFd,
     known: RefCell<[Known; 2]>,
+    /// Connections that were given up before the ledger was made.
+    given_up_before: u64,
     /// Front ends served.
     pub(super) connections: Counter,
     /// Front ends refused: of another user, or because one was connected.
     pub(super) refused: Counter,
-    /// Keepers that died, each with its worker.
+    /// Keepers that died, each with its worker; and the workers that died before the ledger was made.
     pub(super) keeper_deaths: Counter,
 }
 
 /// A number that only grows.
 #[derive(Debug, Default)]
 pub struct Counter(Cell<u64>);
+
+impl From<u64> for Counter {
+    fn from(counted: u64) -> Self {
+        Self(Cell::new(counted))
+    }
+}
 
 impl Counter {
     /// One more.
@@ -43,19 +52,21 @@ impl Counter {
 }
 
 impl Tally {
-    /// A tally of nothing, for a port that was not there before.
+    /// A tally that goes on from what was counted of the port before.
     ///
     /// # Errors
     /// When there is no memory for its ledger.
-    pub fn new(port: &Brief) -> Result<Self, LedgerError> {
-        let (ledger, ledger_file) = Ledger::create(port.queue_pairs)?;
+    pub fn new(port: &Brief, counted: &PortCounters) -> Result<Self, LedgerError> {
+        let known = counted.known();
+        let (ledger, ledger_file) = Ledger::resume(port.queue_pairs, &known)?;
         Ok(Self {
             ledger,
             ledger_file,
-            known: RefCell::new([Known::new(Part::receive(0)), Known::new(Part::transmit(0))]),
-            connections: Counter::default(),
-            refused: Counter::default(),
-            keeper_deaths: Counter::default(),
+            known: RefCell::new(known),
+            connections: Counter::from(counted.connections),
+            refused: Counter::from(counted.refused_connections),
+            keeper_deaths: Counter::from(counted.worker_restarts),
+            given_up_before: counted.connections_given_up,
         })
     }
 
@@ -77,7 +88,7 @@ impl Tally {
     /// Connections that keepers gave up because one worker after the other died.
     #[must_use]
     pub fn connections_given_up(&self) -> u64 {
-        self.ledger.connections_given_up()
+        self.given_up_before + self.ledger.connections_given_up()
     }
 
     /// Keeper and worker are gone: what they left unfinished is counted, since no ring goes on.

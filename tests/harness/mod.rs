@@ -316,6 +316,15 @@ impl Vmflow {
         rustix::process::kill_process(pid, signal).unwrap();
     }
 
+    /// Kills it, and waits until its keepers and workers, which then end by themselves, are gone too.
+    pub fn kill(mut self) {
+        let children = self.processes("vmf-");
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        let gone = |pid: &u32| !Path::new(&format!("/proc/{pid}")).exists();
+        wait_for("the keepers' end", || children.iter().all(gone).then_some(()));
+    }
+
     /// Ends it as a service manager does; gives what it said.
     pub fn stop(mut self) -> String {
         self.signal(rustix::process::Signal::TERM);

@@ -20,6 +20,7 @@ mod wire;
 mod content;
 mod deaths;
 mod ending;
+mod numbers;
 mod offload;
 mod policy;
 mod protocol;

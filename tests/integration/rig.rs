@@ -1,6 +1,9 @@
 //! A running vmflow with VMs, and for each the tap's other side; and the comparison at a test's end.
 
-use std::{os::unix::net::UnixStream, path::PathBuf};
+use std::{
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+};
 
 use vmflow::ledger::Totals;
 use vmflow_driver::{
@@ -70,9 +73,14 @@ impl Rig {
 
     /// Ends vmflow and starts it again with the same configuration and state.
     pub fn restart(self) -> Self {
+        self.again(|vmflow, _| drop(vmflow.stop()))
+    }
+
+    /// Ends vmflow in some way, does something to its directory, and starts it again.
+    pub fn again(self, end: impl FnOnce(Vmflow, &Path)) -> Self {
         let Self { vmflow, wires, taps, setup, netns } = self;
         drop(wires);
-        vmflow.stop();
+        end(vmflow, setup.directory.path());
         let vmflow = setup.start();
         let wires = taps.iter().map(|tap| Wire::open(&netns, tap)).collect();
         Self { vmflow, wires, taps, setup, netns }

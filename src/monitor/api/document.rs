@@ -17,6 +17,7 @@ use uuid::Uuid;
 use crate::{
     label::Label,
     ledger::{DropReason, Totals, Volume},
+    monitor::checkpoint::{self, GapReason},
 };
 
 /// The version of both documents: it changes when a key goes or changes its meaning, not when one is added.
@@ -31,6 +32,21 @@ pub struct Stats {
     pub node: String,
     /// Each VM.
     pub vms: Vec<VmStats>,
+    /// When numbers were lost, oldest first: the newest 100.
+    #[serde(default)]
+    pub gaps: Vec<Gap>,
+}
+
+/// A time of which it is not known what was counted in it: the totals that were kept last were written at its
+/// beginning, and the next vmflow went on from them at its end.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Gap {
+    /// When the totals were written last: RFC 3339, UTC. They are written when they change: once a second at most.
+    pub from: String,
+    /// When the next vmflow went on from them: RFC 3339, UTC.
+    pub to: String,
+    /// Why.
+    pub reason: GapReason,
 }
 
 /// One VM's part of [`Stats`].
@@ -269,7 +285,7 @@ impl Stats {
     /// The document of this host.
     #[must_use]
     pub const fn new(node: String, vms: Vec<VmStats>) -> Self {
-        Self { version: VERSION, node, vms }
+        Self { version: VERSION, node, vms, gaps: Vec::new() }
     }
 }
 
@@ -303,6 +319,12 @@ impl VmDocument {
         let (suspect_label, suspect) = (label.suspect(), tag.is_some());
         let ports = Vec::new();
         Self { name, uuid, label: label.get(), suspect_label, suspect, tag, suspect_action, ports }
+    }
+}
+
+impl From<&checkpoint::Gap> for Gap {
+    fn from(gap: &checkpoint::Gap) -> Self {
+        Self { from: rfc3339_seconds(gap.from), to: rfc3339_seconds(gap.to), reason: gap.reason }
     }
 }
 
@@ -433,6 +455,13 @@ pub fn rfc3339(time: SystemTime) -> String {
     let (year, month, day) = civil_date(seconds / DAY);
     let (hour, minute, second) = (seconds % DAY / 3600, seconds % 3600 / 60, seconds % 60);
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
+}
+
+/// The same for seconds since 1970; beyond what a clock can tell, its first second.
+#[must_use]
+pub fn rfc3339_seconds(seconds: u64) -> String {
+    let time = SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds));
+    rfc3339(time.unwrap_or(SystemTime::UNIX_EPOCH))
 }
 
 /// Year, month and day of a day counted from 1970-01-01.

@@ -29,6 +29,8 @@ use crate::{config, label::Label};
 const LOCK: &str = "lock";
 const REGISTRY: &str = "registry.json";
 const NEXT: &str = "registry.json.new";
+/// What the next version of a file has behind its name, until it is whole.
+const NEW: &str = ".new";
 /// What every directory at the top of a file system may hold.
 const LOST_AND_FOUND: &str = "lost+found";
 const FORMAT: &str = "vmflow-registry";
@@ -112,20 +114,33 @@ impl StateDir {
 
     /// Replaces the file in one step: whoever reads it, after a crash as well, finds the old or the new book.
     pub(super) fn save(&self, book: &Book) -> Result<(), RegistryError> {
-        let next = self.path.join(NEXT);
+        let file = self.path.join(REGISTRY);
         let bytes = serde_json::to_vec_pretty(&Page::of(book))
-            .map_err(|error| failed(&next, "write it")(error.into()))?;
-        let mut file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(FILE_MODE)
-            .open(&next)
-            .map_err(failed(&next, "write it"))?;
-        file.write_all(&bytes).and_then(|()| file.sync_all()).map_err(failed(&next, "write it"))?;
-        fs::rename(&next, self.path.join(REGISTRY)).map_err(failed(&next, "rename it"))?;
-        sync_dir(&self.path)
+            .map_err(|error| failed(&file, "write it")(error.into()))?;
+        replace(&file, &bytes)
     }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+/// Replaces a file of the state directory in one step: whoever reads it, after a crash or a power cut as well,
+/// finds all of the old or all of the new one. The next one is written beside it, as `NAME.new`.
+pub(in crate::monitor) fn replace(path: &Path, bytes: &[u8]) -> Result<(), RegistryError> {
+    let mut next = path.as_os_str().to_owned();
+    next.push(NEW);
+    let next = PathBuf::from(next);
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(FILE_MODE)
+        .open(&next)
+        .map_err(failed(&next, "write it"))?;
+    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(failed(&next, "write it"))?;
+    fs::rename(&next, path).map_err(failed(&next, "rename it"))?;
+    path.parent().map_or(Ok(()), sync_dir)
 }
 
 impl Page {
@@ -153,16 +168,24 @@ impl Page {
 
 fn parse(file: &Path, bytes: &[u8]) -> Result<Book, RegistryError> {
     let damaged = |why: String| RegistryError::Damaged { path: file.to_owned(), why };
-    let header: Header = serde_json::from_slice(bytes).map_err(|error| damaged(error.to_string()))?;
-    if header.format != FORMAT {
-        return Err(damaged(format!("its format is {:?}, not {FORMAT:?}", header.format)));
-    }
-    if header.version != VERSION {
-        let (found, known) = (header.version, VERSION);
-        return Err(RegistryError::OtherVersion { path: file.to_owned(), found, known });
+    match version(bytes, FORMAT) {
+        Ok(VERSION) => {}
+        Ok(found) => {
+            return Err(RegistryError::OtherVersion { path: file.to_owned(), found, known: VERSION });
+        }
+        Err(why) => return Err(damaged(why)),
     }
     let page: Page = serde_json::from_slice(bytes).map_err(|error| damaged(error.to_string()))?;
     page.strict().map_err(damaged)
+}
+
+/// The version of a file that says its format; or what is wrong with its head.
+pub(in crate::monitor) fn version(bytes: &[u8], format: &str) -> Result<u64, String> {
+    let header: Header = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
+    if header.format != format {
+        return Err(format!("its format is {:?}, not {format:?}", header.format));
+    }
+    Ok(header.version)
 }
 
 /// An error of the kernel with what was tried.

@@ -4,7 +4,7 @@
 //! A change is on disk before it is in force; one that fails changes nothing.
 
 mod book;
-mod disk;
+pub(super) mod disk;
 mod error;
 
 use std::{ops::RangeInclusive, path::Path};
@@ -89,6 +89,12 @@ impl Registry {
     /// All labels that were ever used, in their order.
     pub fn entries(&self) -> impl Iterator<Item = (Label, &Entry)> {
         self.book.entries()
+    }
+
+    /// The state directory, which nobody else changes while this is open.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        self.dir.path()
     }
 
     fn turn_to(&mut self, next: Book) -> Result<(), RegistryError> {
