@@ -3,6 +3,8 @@
 //! Every error is one line: `vmflow: where: what: what to do`. Exit code 2 means that the command or the
 //! configuration is wrong, 1 that something else went wrong.
 
+mod state;
+
 use std::{
     ffi::OsString,
     io::{self, IsTerminal, Write},
@@ -18,8 +20,10 @@ use crate::{
     client::{self, Action, ClientError},
     config::{self, Config, DEFAULT_CONTROL, DEFAULT_FILE, Described, Faults, Origins, Vm},
     keeper::{self, brief::Brief},
-    monitor::{self, api::Which, change::ChangeError},
+    monitor::{self, api::Which, change::ChangeError, state::StateError},
 };
+use state::LowState;
+pub use state::{Place, StateCommand};
 
 /// Longest reason for a tag, in bytes: it is shown in tables and kept for ever.
 const REASON_MAX: usize = 200;
@@ -43,6 +47,13 @@ pub enum Command {
         /// For what.
         action: Action,
     },
+    /// Take labels and totals elsewhere.
+    State {
+        /// Where they are.
+        place: Place,
+        /// What to do with them.
+        command: StateCommand,
+    },
     /// Be a port's keeper: the monitor starts these.
     Keeper(Box<Brief>),
 }
@@ -62,6 +73,25 @@ pub enum CliError {
     /// The monitor did not do as asked.
     #[error(transparent)]
     Ask(#[from] ClientError),
+    /// Labels and totals could not be taken elsewhere.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// A file is not a document of labels and totals.
+    #[error("{path}: {why}", path = path.display())]
+    Foreign {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: StateError,
+    },
+    /// A file could not be read or written.
+    #[error("{path}: {reason}", path = path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What the kernel said.
+        reason: io::Error,
+    },
     /// The monitor, or a keeper, cannot run.
     #[error("{0:#}")]
     Run(#[from] anyhow::Error),
@@ -83,7 +113,13 @@ impl CliError {
         match self {
             Self::Usage(_) | Self::Config(_) | Self::Ask(ClientError::Invalid(_)) => Self::USAGE,
             Self::Run(error) if is_configuration(error) => Self::USAGE,
-            Self::Output(_) | Self::Ask(_) | Self::Run(_) | Self::Said => Self::OTHER,
+            Self::Output(_)
+            | Self::Ask(_)
+            | Self::State(_)
+            | Self::Foreign { .. }
+            | Self::File { .. }
+            | Self::Run(_)
+            | Self::Said => Self::OTHER,
         }
     }
 
@@ -172,6 +208,9 @@ enum LowCommand {
     },
     /// Read the configuration files again, and serve what they say now
     Reload,
+    /// Take labels and totals from one vmflow to another
+    #[command(subcommand)]
+    State(LowState),
     /// Hold one front end's connection
     #[command(hide = true)]
     Keeper {
@@ -266,6 +305,10 @@ impl LowArgs {
                 Command::Ask { control, action: Action::Remove(which) }
             }
             LowCommand::Reload => Command::Ask { control, action: Action::Reload },
+            LowCommand::State(state) => {
+                let (place, command) = state.strict(control)?;
+                Command::State { place, command }
+            }
             LowCommand::Keeper { brief } => {
                 let brief = serde_json::from_str(&brief);
                 Command::Keeper(Box::new(brief.map_err(|error| CliError::Usage(error.to_string()))?))
@@ -309,6 +352,7 @@ pub fn run(command: Command) -> Result<(), CliError> {
             Ok(monitor::run(origins, &config, forget_totals)?)
         }
         Command::Ask { control, action } => ask(&control, &action),
+        Command::State { place, command } => state::run(&place, command),
         Command::Keeper(brief) => keeper::run(*brief).then_some(()).ok_or(CliError::Said),
     }
 }

@@ -25,7 +25,7 @@ use vmflow::{
     ledger::Totals,
     monitor::{
         api::{
-            Added, Command, CommandError, Limits, TagRequest, VmCommand, Which, control_router,
+            Added, Command, CommandError, Limits, StateCommand, TagRequest, VmCommand, Which, control_router,
             document::{
                 Changes, Mode, PortDocument, PortStats, Receive, Stats, Tag, Transmit, VmDocument, VmStats,
                 Vms,
@@ -33,6 +33,7 @@ use vmflow::{
             serve_unix, stats_router,
         },
         listen::{Access, bind_unix},
+        state::{Imported, State},
     },
 };
 
@@ -127,6 +128,12 @@ async fn monitor(mut commands: mpsc::Receiver<Command>, stats: Stats, tags: Tags
             // Who asked may be gone by now.
             Command::Stats(reply) => drop(reply.send(stats.clone())),
             Command::Vms(reply) => drop(reply.send(Vms::new("host1".into(), vec![document(None)]))),
+            Command::State(StateCommand::Export(reply)) => drop(reply.send(state())),
+            Command::State(StateCommand::Import { state: other, reply }) => {
+                let refusal = CommandError::Conflict("nothing is imported: label 1 is taken".into());
+                let imported = Imported { vms: 1, ports: 1 };
+                drop(reply.send(if other == state() { Ok(imported) } else { Err(refusal) }));
+            }
             Command::Tag { vm, tag, reply } => {
                 tags.lock().unwrap().push((vm.clone(), tag.clone()));
                 let answer = match vm.as_str() {
@@ -168,6 +175,19 @@ fn change(command: VmCommand) {
             drop(reply.send(Ok(changes)));
         }
     }
+}
+
+/// What `GET /v1/state` answers, to the byte.
+const STATE: &str = concat!(
+    r#"{"format":"vmflow-state","version":1,"vms":[{"label":1,"name":"web1","uuid":null,"generation":1,"#,
+    r#""retired":false,"tag":{"reason":"scans","by":"root","at":1800000000},"#,
+    r#""ports":[{"port":0,"counted":{"connections":2,"transmit":{"chains":7,"#,
+    r#""passed":{"frames":7,"packets":7,"bytes":700,"wire_bytes":700}}}}]}]}"#,
+    "\n"
+);
+
+fn state() -> State {
+    State::parse(STATE.as_bytes()).unwrap()
 }
 
 fn document(tag: Option<TagRequest>) -> VmDocument {
@@ -433,6 +453,29 @@ fn vms_come_and_go_through_the_control_socket_with_fitting_statuses() {
     for (method, path) in [("POST", "/v1/vms"), ("DELETE", "/v1/vms/web1"), ("POST", "/v1/reload")] {
         assert_eq!(refusal(&raw(&daemon.stats(), &request(method, path, ""))).0, 405);
     }
+}
+
+#[test]
+fn state_is_had_and_given_on_the_control_socket_only() {
+    let daemon = Daemon::usual();
+    let url = "http://vmflow/v1/state";
+    assert_eq!(curl(&daemon.control(), &[url]), (STATE.to_owned(), true));
+    assert_eq!(refusal(&raw(&daemon.stats(), &request("GET", "/v1/state", ""))).0, 404);
+    let put = |body: &str| raw(&daemon.control(), &request("PUT", "/v1/state", body));
+    assert!(put(STATE).ends_with("{\"vms\":1,\"ports\":1}\n"));
+    let other = STATE.replace("web1", "web2");
+    assert_eq!(refusal(&put(&other)), (409, "nothing is imported: label 1 is taken".into()));
+    for (wrong, said) in [
+        ("{", "not a state document of version 1: EOF"),
+        (STATE.replace("chains", "chain").as_str(), "unknown field `chain`"),
+        (STATE.replace("-state", "-stats").as_str(), "it says \"vmflow-stats\", version 1"),
+    ] {
+        let (status, error) = refusal(&put(wrong));
+        assert!(status == 400 && error.contains(said), "{status} {error}");
+    }
+    // Larger than what other requests may be.
+    let many = STATE.replace("\"format\"", &format!("{}\"format\"", " ".repeat(1 << 20)));
+    assert!(put(&many).ends_with("{\"vms\":1,\"ports\":1}\n"));
 }
 
 #[test]

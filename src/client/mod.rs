@@ -4,6 +4,7 @@
 //! it, which is all that looking needs.
 
 mod change;
+mod state;
 pub mod table;
 mod units;
 pub mod watch;

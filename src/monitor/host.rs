@@ -2,6 +2,7 @@
 
 use std::{
     cell::{Cell, RefCell},
+    collections::HashSet,
     rc::Rc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -11,13 +12,14 @@ use tokio::sync::Mutex;
 
 use super::{
     api::{
-        Added, Command, CommandError, TagRequest, VmCommand, Which,
+        Added, Command, CommandError, StateCommand, TagRequest, VmCommand, Which,
         document::{self, Changes, Mode, PortDocument, PortStats, Stats, VmDocument, VmStats, Vms, rfc3339},
     },
     change::{ChangeError, Files, InForce, blocking},
     checkpoint::Checkpoint,
     ports::Port,
     registry::Tag,
+    state::{Imported, Judged, State},
 };
 use crate::{
     config::{self, Config, Origins, Place},
@@ -82,7 +84,9 @@ impl Host {
         let _last = self.in_force.lock().await;
         let ports = self.ports();
         join_all(ports.iter().map(|port| port.end())).await;
-        ports.iter().for_each(|port| self.checkpoint.gather(port));
+        for port in &ports {
+            self.checkpoint.gather(port);
+        }
         self.replace(Vec::new());
     }
 
@@ -124,6 +128,7 @@ impl Host {
                     }
                 });
             }
+            Command::State(command) => drop(tokio::task::spawn_local(self.obey_about_state(command))),
             Command::Tag { vm, tag, reply } => {
                 tokio::task::spawn_local(async move {
                     let _ = reply.send(self.tag(&vm, tag).await);
@@ -137,6 +142,37 @@ impl Host {
         let mut stats = Stats::new(self.node.clone(), vms);
         stats.gaps = self.checkpoint.gaps().iter().map(Into::into).collect();
         stats
+    }
+
+    async fn obey_about_state(self: Rc<Self>, command: StateCommand) {
+        let cover = || self.checkpoint.cover(|| self.ports());
+        match command {
+            StateCommand::Export(reply) => {
+                cover().await;
+                let labels = self.in_force.lock().await.registry(|registry| registry.plan()).await;
+                let _ = reply.send(State::of(&labels, &self.checkpoint));
+            }
+            StateCommand::Import { state, reply } => {
+                let imported = self.import(state).await;
+                cover().await;
+                let _ = reply.send(imported.and_then(|imported| match self.checkpoint.trouble() {
+                    Some(why) => Err(CommandError::NotApplied(why)),
+                    None => Ok(imported),
+                }));
+            }
+        }
+    }
+
+    /// Takes over labels and totals of VMs that are not served here.
+    async fn import(&self, state: State) -> Result<Imported, CommandError> {
+        let in_force = self.in_force.lock().await;
+        let served: HashSet<_> = self.vms().iter().map(|vm| vm.label()).collect();
+        let labels = in_force.registry(|registry| registry.plan()).await;
+        let judged = state.judge(labels, &self.checkpoint, |label| served.contains(&label));
+        let Judged { labels, numbers } = judged.map_err(|error| CommandError::Conflict(error.to_string()))?;
+        let saved = in_force.registry(|registry| registry.adopt(labels)).await;
+        saved.map_err(|error| CommandError::State(error.to_string()))?;
+        Ok(numbers.take_over(&self.checkpoint))
     }
 
     /// Turns what runs into what the configuration says now; at the start, from nothing.

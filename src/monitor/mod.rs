@@ -19,6 +19,7 @@ pub mod make;
 pub mod ports;
 pub mod registry;
 pub mod spawn;
+pub mod state;
 pub mod tally;
 
 use std::{convert::Infallible, rc::Rc, time::Duration};

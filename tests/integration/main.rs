@@ -28,4 +28,5 @@ mod queue;
 mod runtime;
 mod session;
 mod start;
+mod state;
 mod tap;

@@ -8,6 +8,8 @@
 //!                 POST   /v1/vms {"name": "...", "port": [..]}     a VM as in a [[vm]] table
 //!                 DELETE /v1/vms/NAME, /v1/vms?uuid=UUID
 //!                 POST   /v1/reload                                the configuration files
+//!                 GET    /v1/state                                 labels and totals, to be taken elsewhere
+//!                 PUT    /v1/state
 //! ```
 //!
 //! Answers are one line of JSON; errors are `{"error": "..."}`, one clear line. The API holds no state and knows
@@ -16,6 +18,7 @@
 mod change;
 pub mod document;
 mod serve;
+mod state;
 
 use axum::{
     Extension, Router,
@@ -37,6 +40,7 @@ use uuid::Uuid;
 pub use change::{Added, VmCommand, Which};
 use document::{Stats, VmDocument, Vms};
 pub use serve::{Limits, Peer, serve_unix};
+pub use state::StateCommand;
 
 /// The longest reason that a tag may have, in characters.
 pub const REASON_MAX: usize = 1024;
@@ -71,6 +75,8 @@ pub enum Command {
         /// Who asks: the process at the other end of the control socket.
         by: String,
     },
+    /// About what outlives everything.
+    State(StateCommand),
 }
 
 /// A tag that an operator wants.
@@ -114,7 +120,7 @@ pub fn stats_router(commands: mpsc::Sender<Command>) -> Router {
 /// The routes of the control socket: those of the stats socket, and changes.
 pub fn control_router(commands: mpsc::Sender<Command>) -> Router {
     let tag = routing::put(tag).delete(clear);
-    change::routes(reads())
+    change::routes(state::routes(reads()))
         .route("/v1/vms/{name}/suspect", tag)
         .method_not_allowed_fallback(method_not_allowed)
         .with_state(Monitor { commands })

@@ -107,6 +107,27 @@ impl PortCounters {
     pub fn known(&self) -> [Known; 2] {
         [self.receive.known(Part::receive(0)), self.transmit.known(Part::transmit(0))]
     }
+
+    /// The later of two states of one port: that in which no counter is lower. None if each has gone on from
+    /// the other's past in a way of its own.
+    pub(super) fn later<'a>(&'a self, other: &'a Self) -> Option<&'a Self> {
+        let (ours, others) = (self.words(), other.words());
+        let mut pairs = ours.iter().zip(&others);
+        if pairs.clone().all(|(ours, others)| ours >= others) {
+            Some(self)
+        } else if pairs.all(|(ours, others)| ours <= others) {
+            Some(other)
+        } else {
+            None
+        }
+    }
+
+    /// Every counter, in a fixed order.
+    fn words(&self) -> Vec<u64> {
+        let Self { connections, refused_connections, connections_given_up, worker_restarts, .. } = *self;
+        let own = [connections, refused_connections, connections_given_up, worker_restarts];
+        own.into_iter().chain(self.transmit.words()).chain(self.receive.words()).collect()
+    }
 }
 
 impl DirectionCounters {
@@ -145,6 +166,12 @@ impl DirectionCounters {
             uncertain: self.uncertain,
             gone_back: self.gone_back,
         };
+    }
+
+    /// Every counter; what is in flight is none.
+    fn words(&self) -> impl Iterator<Item = u64> {
+        let counted = Totals { in_flight: 0, ..self.totals() };
+        counted.words().into_iter().chain([self.queue_faults, self.uncertain, self.gone_back])
     }
 
     fn known(&self, part: Part) -> Known {
@@ -203,5 +230,18 @@ mod tests {
     fn what_is_0_takes_no_room() {
         assert_eq!(serde_json::to_string(&PortCounters::default()).unwrap(), "{}");
         assert_eq!(serde_json::from_str::<PortCounters>("{}").unwrap(), PortCounters::default());
+    }
+
+    #[test]
+    fn the_later_of_two_states_is_that_in_which_no_counter_is_lower() {
+        let before = distinct();
+        let mut after = before.clone();
+        assert_eq!(before.later(&after), Some(&before));
+        after.receive.gone_back += 1;
+        after.transmit.in_flight = 0;
+        assert_eq!((before.later(&after), after.later(&before)), (Some(&after), Some(&after)));
+        let mut aside = before.clone();
+        aside.connections += 1;
+        assert_eq!((aside.later(&after), after.later(&aside)), (None, None));
     }
 }

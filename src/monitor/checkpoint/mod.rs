@@ -39,6 +39,7 @@ pub use self::{
     file::{Gap, GapReason, PortKey},
 };
 use super::{api::document::rfc3339_seconds, ports::Port, registry::Registry};
+use crate::label::Label;
 
 /// How often what changed is written.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -161,6 +162,38 @@ impl Checkpoint {
         if self.trouble.borrow().is_none() && timeout(PATIENCE, self.write(ports)).await.is_err() {
             self.fails(format!("{}: the disk takes longer than {PATIENCE:?}", self.path.display()));
         }
+    }
+
+    /// What was counted under a label, by the number of the port, as of the last round.
+    pub fn of_label(&self, label: Label) -> Vec<(usize, PortCounters)> {
+        let saved = self.saved.borrow();
+        let ports = saved.ports.range((label, 0)..=(label, usize::MAX));
+        ports.map(|((_, port), counters)| (*port, counters.clone())).collect()
+    }
+
+    /// True if the counters are known already, or go on from those that are.
+    #[must_use]
+    pub fn may_import(&self, key: PortKey, counters: &PortCounters) -> bool {
+        self.saved.borrow().ports.get(&key).is_none_or(|ours| ours.later(counters).is_some())
+    }
+
+    /// Takes over counters from elsewhere where they are later than our own; on disk after the next write. To be
+    /// called for ports that are not served.
+    pub fn import(&self, key: PortKey, counters: PortCounters) {
+        let mut saved = self.saved.borrow_mut();
+        let lower = saved.ports.get(&key).is_some_and(|ours| ours.later(&counters) != Some(&counters));
+        if !lower {
+            saved.ports.insert(key, counters);
+            self.version.set(self.version.get() + 1);
+        }
+    }
+
+    /// Writes what was imported while no vmflow runs: what else the file says stays.
+    ///
+    /// # Errors
+    /// [`CheckpointError::State`]: the disk refuses it.
+    pub fn write_import(&self) -> Result<(), CheckpointError> {
+        file::write(&self.path, &self.saved.borrow())
     }
 
     /// Notes what a port has counted; it is on disk after the next round. To be called when a port has ended

@@ -215,6 +215,46 @@ impl Book {
         Ok(next)
     }
 
+    /// The book with these lines too, or why not, a line of text for each. A label that the same VM has here
+    /// stays as it is, but for a tag, which is never lost.
+    pub(super) fn import(&self, lines: &[(Label, Entry)]) -> Result<Self, Vec<String>> {
+        let (mut next, mut refusals, mut seen) = (self.clone(), Vec::new(), BTreeSet::new());
+        for (label, entry) in lines {
+            if !seen.insert(label) {
+                refusals.push(format!("label {label} is there twice"));
+            } else if let Some(why) = self.refuses(*label, entry) {
+                refusals.push(why);
+            } else if let Some(ours) = next.lines.get_mut(label) {
+                ours.suspect = ours.suspect.take().or_else(|| entry.suspect.clone());
+            } else {
+                next.lines.insert(*label, entry.clone());
+            }
+        }
+        if refusals.is_empty() {
+            refusals.extend(next.broken_rule());
+        }
+        if refusals.is_empty() { Ok(next) } else { Err(refusals) }
+    }
+
+    /// Why a line from elsewhere cannot stand beside ours.
+    fn refuses(&self, label: Label, entry: &Entry) -> Option<String> {
+        let (name, same) = (&entry.name, |ours: &Entry| ours.identity() == entry.identity());
+        match self.lines.get(&label) {
+            Some(ours) if same(ours) && ours.generation == entry.generation => None,
+            Some(ours) => Some(format!(
+                "label {label} of VM {name:?} belongs to VM {:?} here, and labels are never given twice",
+                ours.name
+            )),
+            None => {
+                let clashes = |ours: &Entry| {
+                    same(ours) && (ours.generation == entry.generation || !ours.retired && !entry.retired)
+                };
+                let (other, _) = self.entries().find(|(_, ours)| clashes(ours))?;
+                Some(format!("VM {name:?} has label {other} here, not {label}"))
+            }
+        }
+    }
+
     /// The first rule that the lines break, if any: so a book that was read is as good as one that was kept.
     pub(super) fn broken_rule(&self) -> Option<String> {
         /// Generations, and whether they are retired.

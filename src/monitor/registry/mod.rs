@@ -136,10 +136,25 @@ impl Plan {
         Ok(())
     }
 
+    /// Takes over lines of another host. A label that the same VM has here stays as it is, but for a tag, which is
+    /// never lost.
+    ///
+    /// # Errors
+    /// Why not, a line of text for each refusal.
+    pub fn import(&mut self, lines: &[(Label, Entry)]) -> Result<(), Vec<String>> {
+        self.book = self.book.import(lines)?;
+        Ok(())
+    }
+
     /// Whose a label would be.
     #[must_use]
     pub fn entry(&self, label: Label) -> Option<&Entry> {
         self.book.entry(label)
+    }
+
+    /// All labels, in their order.
+    pub fn entries(&self) -> impl Iterator<Item = (Label, &Entry)> {
+        self.book.entries()
     }
 }
 
