@@ -127,7 +127,7 @@ impl CliError {
     #[must_use]
     pub fn lines(&self) -> Vec<String> {
         match self {
-            Self::Said => Vec::new(),
+            Self::Said | Self::Ask(ClientError::Unwell) => Vec::new(),
             Self::Config(faults) => faults.iter().map(|fault| format!("vmflow: {fault}")).collect(),
             // The monitor, too, may tell several faults of a configuration.
             _ => self.to_string().lines().map(|line| format!("vmflow: {line}")).collect(),
@@ -211,6 +211,18 @@ enum LowCommand {
     /// Take labels and totals from one vmflow to another
     #[command(subcommand)]
     State(LowState),
+    /// Say whether all is well; exit code 1 if it is not
+    Health {
+        /// Print the document as it is
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print the versions of this program and of the running one
+    Version {
+        /// Print the running one's document as it is
+        #[arg(long)]
+        json: bool,
+    },
     /// Hold one front end's connection
     #[command(hide = true)]
     Keeper {
@@ -305,6 +317,8 @@ impl LowArgs {
                 Command::Ask { control, action: Action::Remove(which) }
             }
             LowCommand::Reload => Command::Ask { control, action: Action::Reload },
+            LowCommand::Health { json } => Command::Ask { control, action: Action::Health { json } },
+            LowCommand::Version { json } => Command::Ask { control, action: Action::Version { json } },
             LowCommand::State(state) => {
                 let (place, command) = state.strict(control)?;
                 Command::State { place, command }

@@ -1,7 +1,10 @@
 //! The API from outside: real sockets, real routers, a monitor that answers from fixed data, and as clients
 //! curl, raw bytes and vmflow's own.
 
-#![expect(clippy::unwrap_used, reason = "a test ends where something unexpected happens")]
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test ends where something unexpected happens")]
+
+#[path = "harness/described.rs"]
+mod described;
 
 use std::{
     io::{Read, Write},
@@ -11,11 +14,12 @@ use std::{
     },
     path::{Path, PathBuf},
     process::Command as Process,
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, OnceLock},
     thread::JoinHandle,
     time::{Duration, Instant},
 };
 
+use described::Described;
 use rustix::event::{PollFd, PollFlags, poll};
 use tempfile::TempDir;
 use tokio::sync::{mpsc, oneshot};
@@ -27,11 +31,13 @@ use vmflow::{
         api::{
             Added, Command, CommandError, Limits, StateCommand, TagRequest, VmCommand, Which, control_router,
             document::{
-                Changes, Mode, PortDocument, PortStats, Receive, Stats, Tag, Transmit, VmDocument, VmStats,
-                Vms,
+                Changes, Gap, Mode, PortDocument, PortStats, Receive, Stats, Tag, Transmit, VmDocument,
+                VmStats, Vms,
             },
+            health::{Check, Health, Problem},
             serve_unix, stats_router,
         },
+        checkpoint::GapReason,
         listen::{Access, bind_unix},
         state::{Imported, State},
     },
@@ -128,6 +134,7 @@ async fn monitor(mut commands: mpsc::Receiver<Command>, stats: Stats, tags: Tags
             // Who asked may be gone by now.
             Command::Stats(reply) => drop(reply.send(stats.clone())),
             Command::Vms(reply) => drop(reply.send(Vms::new("host1".into(), vec![document(None)]))),
+            Command::Health(reply) => drop(reply.send(health(stats.gaps.is_empty()))),
             Command::State(StateCommand::Export(reply)) => drop(reply.send(state())),
             Command::State(StateCommand::Import { state: other, reply }) => {
                 let refusal = CommandError::Conflict("nothing is imported: label 1 is taken".into());
@@ -188,6 +195,17 @@ const STATE: &str = concat!(
 
 fn state() -> State {
     State::parse(STATE.as_bytes()).unwrap()
+}
+
+/// All is well, or nothing.
+fn health(is_well: bool) -> Health {
+    let problems = |reason: &str| {
+        let reason = reason.to_owned();
+        let (vm, label, port) = (Some(VM.into()), Some(1), Some(0));
+        if is_well { vec![] } else { vec![Problem { vm, label, port, reason }] }
+    };
+    let disk = if is_well { vec![] } else { vec![Problem::of_host("the disk is full".into())] };
+    Health::new(vec![Check::new("checkpoint", disk), Check::new("taps", problems("the tap is gone"))])
 }
 
 fn document(tag: Option<TagRequest>) -> VmDocument {
@@ -290,11 +308,35 @@ fn connect(socket: &Path) -> UnixStream {
     stream
 }
 
-/// The answer to raw bytes, up to the end of the connection.
+/// The answer to raw bytes, up to the end of the connection; it must be as the API describes itself.
 fn raw(socket: &Path, request: &str) -> String {
+    let answer = unchecked(socket, request);
+    if let Some((head, body)) = answer.split_once("\r\n\r\n").filter(|_| !request.starts_with("HEAD")) {
+        let mut line = request.split(' ');
+        let (method, path) = (line.next().unwrap(), line.next().unwrap());
+        let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+        assert!(head.contains("content-type: application/json"), "{answer}");
+        described(socket).check(method, path, status, body);
+    }
+    answer
+}
+
+fn unchecked(socket: &Path, request: &str) -> String {
     let mut stream = connect(socket);
     stream.write_all(request.as_bytes()).unwrap();
     rest(stream)
+}
+
+/// How a socket describes itself: what it answers.
+fn described(socket: &Path) -> &'static Described {
+    static OF: [OnceLock<Described>; 2] = [OnceLock::new(), OnceLock::new()];
+    OF[usize::from(socket.ends_with(client::STATS_SOCKET))].get_or_init(|| {
+        let daemon = Daemon::usual();
+        let socket = daemon.directory.path().join(socket.file_name().unwrap());
+        let answer = unchecked(&socket, &request("GET", "/v1/openapi.json", ""));
+        let (_, body) = answer.split_once("\r\n\r\n").unwrap();
+        Described::new(serde_json::from_str(body).unwrap())
+    })
 }
 
 fn rest(mut stream: UnixStream) -> String {
@@ -317,17 +359,32 @@ fn refusal(answer: &str) -> (u16, String) {
     (status, body["error"].as_str().unwrap().to_owned())
 }
 
+/// What curl prints; an answer must be as the API describes itself.
 fn curl(socket: &Path, arguments: &[&str]) -> (String, bool) {
     let output = Process::new("curl")
-        .args(["--silent", "--show-error", "--max-time", "20", "--unix-socket"])
+        .args([
+            "--silent",
+            "--show-error",
+            "--max-time",
+            "20",
+            "--write-out",
+            "%{http_code}",
+            "--unix-socket",
+        ])
         .arg(socket)
         .args(arguments)
         .output()
         .unwrap();
-    (
-        String::from_utf8(output.stdout).unwrap() + &String::from_utf8_lossy(&output.stderr),
-        output.status.success(),
-    )
+    let mut text = String::from_utf8(output.stdout).unwrap();
+    let status = text.split_off(text.len() - 3).parse().unwrap();
+    if status != 0 {
+        let option = arguments.iter().position(|argument| *argument == "-X");
+        let method = option.map_or("GET", |place| arguments[place + 1]);
+        let path = arguments.iter().find_map(|argument| argument.strip_prefix("http://vmflow")).unwrap();
+        let body = text.rsplit("\r\n\r\n").next().unwrap();
+        described(socket).check(method, path, status, body);
+    }
+    (text + &String::from_utf8_lossy(&output.stderr), output.status.success())
 }
 
 #[test]
@@ -340,6 +397,50 @@ fn curl_gets_the_statistics_key_by_key_from_both_sockets() {
     let (head, _) = curl(&daemon.stats(), &["--include", "http://vmflow/v1/vms"]);
     assert!(head.starts_with("HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"), "{head}");
     assert!(head.contains("\r\nconnection: close\r\n"), "a connection serves one request: {head}");
+}
+
+#[test]
+fn each_socket_describes_what_it_answers_and_every_operation_and_key_has_its_sentence() {
+    let daemon = Daemon::usual();
+    let of = |socket: &Path| {
+        let (text, _) = curl(socket, &["http://vmflow/v1/openapi.json"]);
+        Described::new(serde_json::from_str(&text).unwrap())
+    };
+    let (control, stats) = (of(&daemon.control()), of(&daemon.stats()));
+    assert_eq!(control.document(), described(&daemon.control()).document());
+    let operations = control.operations();
+    assert!(stats.operations().iter().all(|operation| operations.contains(operation)));
+    assert!(stats.operations().iter().all(|(_, method)| method == "get"));
+    for (path, method) in &operations {
+        let operation = &control.document()["paths"][path][method];
+        assert!(operation["summary"].is_string(), "{method} {path} has no sentence");
+        assert!(operation["responses"]["200"]["content"]["application/json"]["schema"].is_object());
+    }
+    let schemas = control.document()["components"]["schemas"].as_object().unwrap();
+    for (name, schema) in schemas {
+        for (key, property) in schema["properties"].as_object().into_iter().flatten() {
+            let is_said = property["description"].is_string() || property["oneOf"].is_array();
+            assert!(is_said, "{name}.{key} has no sentence: {property}");
+        }
+    }
+}
+
+#[test]
+fn the_descriptions_own_test_refuses_what_is_not_described() {
+    let described = described(Path::new("control.sock"));
+    let refuses = |method: &str, path: &str, status, body: &str| {
+        let check = || described.check(method, path, status, body);
+        assert!(std::panic::catch_unwind(check).is_err(), "{method} {path} {status} {body}");
+    };
+    described.check("GET", "/v1/stats", 200, NUMBERED);
+    refuses("GET", "/v1/stats", 201, NUMBERED);
+    refuses("GET", "/v1/nothing", 200, NUMBERED);
+    refuses("GET", "/v1/stats", 200, VMS);
+    refuses("GET", "/v1/stats", 200, &NUMBERED.replacen("\"gaps\"", "\"more\":1,\"gaps\"", 1));
+    refuses("GET", "/v1/stats", 200, &NUMBERED.replacen("\"runt\"", "\"other\"", 1));
+    refuses("GET", "/v1/stats", 200, &NUMBERED.replacen("\"chains\":1,", "", 1));
+    refuses("GET", "/v1/stats", 200, &NUMBERED.replacen("\"connected\":true", "\"connected\":1", 1));
+    refuses("GET", "/v1/stats", 503, "{}");
 }
 
 #[test]
@@ -382,7 +483,8 @@ fn a_wrong_method_or_path_is_named_on_the_control_socket() {
         assert_eq!(refusal(&answer), (405, format!("{method} is not allowed on {path}")));
         assert!(answer.contains(&format!("\r\nallow: {allow}\r\n")), "{answer}");
     }
-    let missing = (404, "there is no /v2/stats: try /v1/stats or /v1/vms".to_owned());
+    let missing =
+        (404, "there is no /v2/stats: try /v1/stats or /v1/vms; /v1/openapi.json has them all".to_owned());
     assert_eq!(refusal(&raw(&daemon.control(), &request("GET", "/v2/stats", ""))), missing);
     assert_eq!(refusal(&raw(&daemon.stats(), &request("GET", "/v2/stats", ""))), missing);
 }
@@ -476,6 +578,62 @@ fn state_is_had_and_given_on_the_control_socket_only() {
     // Larger than what other requests may be.
     let many = STATE.replace("\"format\"", &format!("{}\"format\"", " ".repeat(1 << 20)));
     assert!(put(&many).ends_with("{\"vms\":1,\"ports\":1}\n"));
+}
+
+/// A daemon that is not well.
+fn unwell() -> Daemon {
+    let mut stats = numbered();
+    let time = || SINCE.to_owned();
+    stats.gaps.push(Gap { from: time(), to: time(), reason: GapReason::Killed });
+    Daemon::start(stats, Limits::default())
+}
+
+#[test]
+fn health_has_a_status_for_programs_and_lines_for_people_on_both_sockets() {
+    let (well, unwell) = (Daemon::usual(), unwell());
+    for socket in [well.control(), well.stats()] {
+        let answer = raw(&socket, &request("GET", "/v1/health", ""));
+        assert!(answer.starts_with("HTTP/1.1 200 ") && answer.contains(r#"{"status":"ok","checks":["#));
+    }
+    for socket in [unwell.control(), unwell.stats()] {
+        let answer = raw(&socket, &request("GET", "/v1/health", ""));
+        assert!(
+            answer.starts_with("HTTP/1.1 503 ") && answer.contains(r#"{"status":"degraded","#),
+            "{answer}"
+        );
+    }
+    let said = |daemon: &Daemon, json| {
+        let mut out = Vec::new();
+        let action = Action::Health { json };
+        let ended = runtime().block_on(client::run(&daemon.control(), &action, &mut out, false));
+        (String::from_utf8(out).unwrap(), ended)
+    };
+    let (text, ended) = said(&well, false);
+    assert!(ended.is_ok());
+    assert_eq!(text, "checkpoint: ok\ntaps: ok\nstatus: ok\n");
+    let (text, ended) = said(&unwell, false);
+    assert!(matches!(ended, Err(ClientError::Unwell)));
+    assert_eq!(
+        text,
+        "checkpoint: degraded\n  the disk is full\ntaps: degraded\n  web1, port 0: the tap is gone\nstatus: degraded\n"
+    );
+    let (text, ended) = said(&unwell, true);
+    assert!(
+        matches!(ended, Err(ClientError::Unwell)) && text.starts_with(r#"{"status":"degraded""#),
+        "{text}"
+    );
+}
+
+#[test]
+fn versions_are_told_on_both_sockets() {
+    let daemon = Daemon::usual();
+    let own = env!("CARGO_PKG_VERSION");
+    for socket in [daemon.control(), daemon.stats()] {
+        let (text, _) = curl(&socket, &["http://vmflow/v1/version"]);
+        assert_eq!(text, format!("{{\"version\":\"{own}\",\"api\":1}}\n"));
+    }
+    let text = run(&daemon.control(), &Action::Version { json: false }).unwrap();
+    assert_eq!(text, format!("this program: {own}\nrunning: {own}, API version 1\n"));
 }
 
 #[test]

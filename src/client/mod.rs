@@ -4,6 +4,7 @@
 //! it, which is all that looking needs.
 
 mod change;
+mod operate;
 mod state;
 pub mod table;
 mod units;
@@ -88,6 +89,9 @@ pub enum ClientError {
     /// The period is too short.
     #[error("{0:?} is too short a time between two samples: at least {min:?}", min = watch::PERIOD_MIN)]
     Period(Duration),
+    /// Not all is well: the output says what.
+    #[error("not all is well")]
+    Unwell,
     /// The output cannot be written.
     #[error("cannot write the output")]
     Output(#[source] io::Error),
@@ -128,6 +132,16 @@ pub enum Action {
     Remove(Which),
     /// `vmflow reload`
     Reload,
+    /// `vmflow health`
+    Health {
+        /// Print the document as it came.
+        json: bool,
+    },
+    /// `vmflow version`
+    Version {
+        /// Print the document as it came.
+        json: bool,
+    },
 }
 
 /// Does what a subcommand asks for. Ends well when the reader of `out` goes away. To be called inside a tokio
@@ -169,7 +183,13 @@ async fn perform(
         Action::Add(vm) => change::added(&client.add(vm).await?),
         Action::Remove(which) => change::removed(&client.remove(which).await?),
         Action::Reload => change::reloaded(&client.reload().await?),
+        Action::Health { json } => return client.show_health(*json, out).await,
+        Action::Version { json } => return client.show_version(*json, out).await,
     };
+    print(out, &text)
+}
+
+fn print(out: &mut impl Write, text: &str) -> Result<(), ClientError> {
     out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(ClientError::Output)
 }
 
@@ -283,14 +303,19 @@ impl Client {
 
     /// Asks where we may.
     async fn look(&self, path: &str) -> Result<Answer, ClientError> {
-        let control = UnixStream::connect(&self.control).await;
-        match control {
+        let (socket, stream) = self.reach().await;
+        exchange(socket, stream, Method::GET, path, String::new()).await
+    }
+
+    /// The socket at which we may look.
+    async fn reach(&self) -> (PathBuf, io::Result<UnixStream>) {
+        match UnixStream::connect(&self.control).await {
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
                 let beside = self.control.with_file_name(STATS_SOCKET);
                 let stream = UnixStream::connect(&beside).await;
-                exchange(beside, stream, Method::GET, path, String::new()).await
+                (beside, stream)
             }
-            stream => exchange(self.control.clone(), stream, Method::GET, path, String::new()).await,
+            stream => (self.control.clone(), stream),
         }
     }
 
@@ -354,6 +379,29 @@ async fn exchange(
     path: &str,
     body: String,
 ) -> Result<Answer, ClientError> {
+    let (status, answer) = converse(socket, stream, method, path, body).await?;
+    if status.is_success() {
+        return Ok(answer);
+    }
+    let said = match serde_json::from_slice::<ErrorDocument>(&answer.body) {
+        Ok(document) => document.error,
+        Err(_) => format!("{} answered {status}", answer.socket.display()),
+    };
+    Err(if status == StatusCode::BAD_REQUEST {
+        ClientError::Invalid(said)
+    } else {
+        ClientError::Refused(said)
+    })
+}
+
+/// One request and its answer, whatever its status.
+async fn converse(
+    socket: PathBuf,
+    stream: io::Result<UnixStream>,
+    method: Method,
+    path: &str,
+    body: String,
+) -> Result<(StatusCode, Answer), ClientError> {
     let stream = stream.map_err(|error| unconnected(&socket, &error))?;
     let broken =
         |reason: &dyn ToString| ClientError::Broken { path: socket.clone(), reason: reason.to_string() };
@@ -367,18 +415,7 @@ async fn exchange(
     let answered = timeout(PATIENCE, send(stream, request)).await;
     let answered = answered.map_err(|_| ClientError::Late(socket.clone()))?;
     let (status, body) = answered.map_err(|error| broken(&error))?;
-    if status.is_success() {
-        return Ok(Answer { socket, status, body });
-    }
-    let said = match serde_json::from_slice::<ErrorDocument>(&body) {
-        Ok(document) => document.error,
-        Err(_) => format!("{} answered {status}", socket.display()),
-    };
-    Err(if status == StatusCode::BAD_REQUEST {
-        ClientError::Invalid(said)
-    } else {
-        ClientError::Refused(said)
-    })
+    Ok((status, Answer { socket, status, body }))
 }
 
 /// Sends a request and reads its answer to the end.

@@ -1,8 +1,10 @@
 //! All VMs of this host, as the API sees them.
 
+mod state;
+mod upkeep;
+
 use std::{
     cell::{Cell, RefCell},
-    collections::HashSet,
     rc::Rc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -12,15 +14,16 @@ use tokio::sync::Mutex;
 
 use super::{
     api::{
-        Added, Command, CommandError, StateCommand, TagRequest, VmCommand, Which,
+        Added, Command, CommandError, TagRequest, VmCommand, Which,
         document::{self, Changes, Mode, PortDocument, PortStats, Stats, VmDocument, VmStats, Vms, rfc3339},
     },
     change::{ChangeError, Files, InForce, blocking},
     checkpoint::Checkpoint,
     ports::Port,
     registry::Tag,
-    state::{Imported, Judged, State},
 };
+use upkeep::Watch;
+
 use crate::{
     config::{self, Config, Origins, Place},
     label::Label,
@@ -59,6 +62,7 @@ pub struct Host {
     /// One change at a time.
     in_force: Mutex<InForce>,
     pub(super) checkpoint: Checkpoint,
+    watch: Watch,
 }
 
 impl Host {
@@ -66,7 +70,14 @@ impl Host {
     #[must_use]
     pub fn new(origins: Origins, in_force: InForce, checkpoint: Checkpoint) -> Self {
         let node = in_force.config.daemon.node.clone();
-        Self { node, origins, vms: RefCell::default(), in_force: Mutex::new(in_force), checkpoint }
+        Self {
+            node,
+            origins,
+            vms: RefCell::default(),
+            in_force: Mutex::new(in_force),
+            checkpoint,
+            watch: Watch::default(),
+        }
     }
 
     /// The VMs that there are.
@@ -95,16 +106,6 @@ impl Host {
         self.vms().iter().flat_map(|vm| &vm.ports).cloned().collect()
     }
 
-    /// Writes the ports' numbers to disk for as long as it is polled.
-    pub async fn keep_numbers(&self) {
-        self.checkpoint.keep(|| self.ports()).await;
-    }
-
-    /// Writes the last numbers; all of them, if the ports have ended.
-    pub async fn finish_numbers(&self, ended: bool) {
-        self.checkpoint.finish(|| self.ports(), ended).await;
-    }
-
     /// Does what the API asks. A change goes on in a task of its own: it may have to wait for a worker.
     pub fn obey(self: Rc<Self>, command: Command) {
         match command {
@@ -114,6 +115,9 @@ impl Host {
                     self.checkpoint.cover(|| self.ports()).await;
                     let _ = reply.send(stats);
                 });
+            }
+            Command::Health(reply) => {
+                let _ = reply.send(self.health());
             }
             Command::Vms(reply) => {
                 let vms = self.vms.borrow().iter().map(|vm| vm.document()).collect();
@@ -142,37 +146,6 @@ impl Host {
         let mut stats = Stats::new(self.node.clone(), vms);
         stats.gaps = self.checkpoint.gaps().iter().map(Into::into).collect();
         stats
-    }
-
-    async fn obey_about_state(self: Rc<Self>, command: StateCommand) {
-        let cover = || self.checkpoint.cover(|| self.ports());
-        match command {
-            StateCommand::Export(reply) => {
-                cover().await;
-                let labels = self.in_force.lock().await.registry(|registry| registry.plan()).await;
-                let _ = reply.send(State::of(&labels, &self.checkpoint));
-            }
-            StateCommand::Import { state, reply } => {
-                let imported = self.import(state).await;
-                cover().await;
-                let _ = reply.send(imported.and_then(|imported| match self.checkpoint.trouble() {
-                    Some(why) => Err(CommandError::NotApplied(why)),
-                    None => Ok(imported),
-                }));
-            }
-        }
-    }
-
-    /// Takes over labels and totals of VMs that are not served here.
-    async fn import(&self, state: State) -> Result<Imported, CommandError> {
-        let in_force = self.in_force.lock().await;
-        let served: HashSet<_> = self.vms().iter().map(|vm| vm.label()).collect();
-        let labels = in_force.registry(|registry| registry.plan()).await;
-        let judged = state.judge(labels, &self.checkpoint, |label| served.contains(&label));
-        let Judged { labels, numbers } = judged.map_err(|error| CommandError::Conflict(error.to_string()))?;
-        let saved = in_force.registry(|registry| registry.adopt(labels)).await;
-        saved.map_err(|error| CommandError::State(error.to_string()))?;
-        Ok(numbers.take_over(&self.checkpoint))
     }
 
     /// Turns what runs into what the configuration says now; at the start, from nothing.
@@ -270,7 +243,8 @@ impl Host {
         let saved = in_force.registry(move |registry| registry.set_suspect(label, written)).await;
         saved.map_err(|e| CommandError::State(e.to_string()))?;
         let (reason, by) = tag.as_ref().map_or(("", ""), |tag| (&*tag.reason, &*tag.by));
-        tracing::info!(vm = name, suspect = tag.is_some(), reason, by, "the operator's tag");
+        let label = vm.label().get();
+        tracing::info!(vm = name, label, suspect = tag.is_some(), reason, by, "the operator's tag");
         vm.enforce(tag).await?;
         Ok(vm.document())
     }

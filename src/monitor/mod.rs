@@ -76,7 +76,7 @@ async fn serve(origins: Origins, config: &Config, forget_totals: bool) -> anyhow
         return Err(error.into());
     }
     let upkeep = Rc::clone(&host);
-    tokio::task::spawn_local(async move { upkeep.keep_numbers().await });
+    tokio::task::spawn_local(async move { upkeep.keep_up().await });
     let api = api.serve(&host)?;
     tokio::task::spawn_local(reload_at(reload, Rc::clone(&host)));
     announce(&host, config);

@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::{
     sync::watch,
     task::JoinHandle,
@@ -216,6 +217,32 @@ impl Port {
     #[must_use]
     pub fn has_tap_of(&self, other: &config::Port) -> bool {
         (&self.config.netns, &self.config.tap) == (&other.netns, &other.tap)
+    }
+
+    /// What is wrong with the tap, if anything. One that takes no frames for a moment, since its queue is full, is
+    /// taken for one that is down.
+    #[must_use]
+    pub fn tap_trouble(&self) -> Option<&'static str> {
+        let mut tap = [PollFd::new(&self.tap, PollFlags::OUT)];
+        poll(&mut tap, Some(&Timespec::default())).ok()?;
+        let found = tap[0].revents();
+        if found.contains(PollFlags::ERR) {
+            Some("the tap is gone")
+        } else if found.contains(PollFlags::OUT) {
+            None
+        } else {
+            Some("the tap takes no frames: is it up?")
+        }
+    }
+
+    /// True if the worker has yet to take the policy that is to be in force.
+    #[must_use]
+    pub fn awaits_policy(&self) -> bool {
+        match *self.acknowledged.borrow() {
+            Acknowledged::NoWorker => false,
+            Acknowledged::Nothing => true,
+            Acknowledged::Generation(generation) => generation < self.policy.borrow().generation,
+        }
     }
 
     /// True while a front end is connected.

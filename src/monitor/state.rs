@@ -9,6 +9,7 @@
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 use uuid::Uuid;
 
 use super::{
@@ -22,7 +23,7 @@ const FORMAT: &str = "vmflow-state";
 const VERSION: u32 = 1;
 
 /// Labels, and what was counted under them.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct State {
     /// Always `vmflow-state`.
@@ -34,7 +35,7 @@ pub struct State {
 }
 
 /// A label, whose it is or was, and what was counted under it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct VmState {
     /// The label.
@@ -54,7 +55,7 @@ pub struct VmState {
 }
 
 /// What a port has counted.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PortState {
     /// Its number among the VM's ports: 0 is the first.
@@ -64,7 +65,7 @@ pub struct PortState {
 }
 
 /// What came of an import.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Imported {
     /// How many labels are now as the document has them, or later.
     pub vms: usize,

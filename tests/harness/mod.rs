@@ -5,20 +5,23 @@
 
 #![allow(dead_code, reason = "each test program uses a part")]
 
+mod described;
 pub mod harass;
 
 use std::{
     fs,
-    io::{BufRead, BufReader},
+    io::{BufRead, BufReader, Read, Write},
+    os::unix::net::UnixStream,
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
     sync::{
-        Arc, Condvar, Mutex,
+        Arc, Condvar, Mutex, OnceLock,
         atomic::{AtomicU32, Ordering},
     },
     time::{Duration, Instant},
 };
 
+use described::Described;
 use serde_json::Value;
 use tempfile::TempDir;
 use vmflow::{
@@ -272,7 +275,37 @@ impl Vmflow {
     }
 
     pub fn stats(&self) -> Stats {
-        serde_json::from_str(&self.ok(&["stats", "--json"])).unwrap()
+        let text = self.ok(&["stats", "--json"]);
+        self.described().check("GET", "/v1/stats", 200, &text);
+        serde_json::from_str(&text).unwrap()
+    }
+
+    /// How the API describes itself.
+    fn described(&self) -> &'static Described {
+        static DESCRIBED: OnceLock<Described> = OnceLock::new();
+        DESCRIBED.get_or_init(|| {
+            let (status, body) = self.exchange("GET", "/v1/openapi.json", "");
+            assert_eq!(status, 200, "{body}");
+            Described::new(serde_json::from_str(&body).unwrap())
+        })
+    }
+
+    /// Asks the API through the control socket; the answer must be as it describes itself.
+    pub fn api(&self, method: &str, path: &str, body: &str) -> (u16, Value) {
+        let (status, body) = self.exchange(method, path, body);
+        self.described().check(method, path, status, &body);
+        (status, serde_json::from_str(&body).unwrap())
+    }
+
+    fn exchange(&self, method: &str, path: &str, body: &str) -> (u16, String) {
+        let mut stream = UnixStream::connect(self.control()).unwrap();
+        let length = body.len();
+        let head = format!("{method} {path} HTTP/1.1\r\nHost: vmflow\r\nContent-Length: {length}\r\n\r\n");
+        stream.write_all((head + body).as_bytes()).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
     }
 
     /// The first port of a VM.

@@ -22,6 +22,7 @@ mod deaths;
 mod ending;
 mod numbers;
 mod offload;
+mod operate;
 mod policy;
 mod protocol;
 mod queue;

@@ -182,9 +182,13 @@ fn a_full_disk_stops_no_frame_is_said_once_and_what_passed_meanwhile_is_written_
     }
     assert!(rig.vmflow.log().wait("totals are not on disk"), "{}", rig.vmflow.log().text());
     assert_eq!(rig.vmflow.log().count("totals are not on disk"), 1, "{}", rig.vmflow.log().text());
-    assert!(rig.vmflow.log().text().contains("No space left on device"));
+    let (status, health) = rig.vmflow.api("GET", "/v1/health", "");
+    assert_eq!((status, health["checks"][0]["name"].as_str()), (503, Some("checkpoint")));
+    let reason = health["checks"][0]["problems"][0]["reason"].as_str().unwrap();
+    assert!(reason.contains("totals.json.new: cannot write it: No space left on device"), "{reason}");
     fs::remove_file(disk.0.join("filler")).unwrap();
     assert!(rig.vmflow.log().wait("totals are written again"));
+    assert_eq!(rig.vmflow.api("GET", "/v1/health", "").0, 200);
     traffic.end(&rig, 0, &mut device);
     let (transmit, receive) = rig.check(0, &device, 0);
     let rig = rig.again(|vmflow, _| vmflow.kill());

@@ -208,7 +208,7 @@ fn a_vm_of_the_command_line_is_served_like_one_of_a_file() {
         &format!("{at}/s"),
     ]);
     let vmflow = Vmflow::start_as(command, &setup.directory);
-    let vms: serde_json::Value = serde_json::from_str(&vmflow.ok(&["vms", "--json"])).unwrap();
+    let (_, vms) = vmflow.api("GET", "/v1/vms", "");
     let vm = &vms["vms"][0];
     assert_eq!((vm["name"].as_str(), vm["label"].as_u64()), (Some("web1"), Some(77)));
     assert_eq!(vm["suspect_label"].as_u64(), Some((1 << 31) + 77));

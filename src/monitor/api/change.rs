@@ -1,18 +1,18 @@
 //! The routes that change which VMs there are.
 
 use axum::{
-    Extension, Router,
+    Extension,
     body::Bytes,
     extract::{Path, Request, State, rejection::PathRejection},
     http::{StatusCode, Uri},
     response::Response,
-    routing,
 };
 use tokio::sync::oneshot;
+use utoipa_axum::{router::OpenApiRouter, routes};
 use uuid::Uuid;
 
 use super::{
-    Command, CommandError, Limits, Monitor, Peer, Refusal,
+    Command, CommandError, ErrorDocument, Limits, Monitor, Peer, Refusal,
     document::{Changes, VmDocument},
     json, read_body, vm_name,
 };
@@ -70,13 +70,23 @@ impl Which {
 }
 
 /// The routes, for the control socket only.
-pub(super) fn routes(router: Router<Monitor>) -> Router<Monitor> {
-    router
-        .route("/v1/vms", routing::post(add).delete(remove_by_uuid))
-        .route("/v1/vms/{name}", routing::delete(remove))
-        .route("/v1/reload", routing::post(reload))
+pub(super) fn routes(router: OpenApiRouter<Monitor>) -> OpenApiRouter<Monitor> {
+    router.routes(routes!(add, remove_by_uuid)).routes(routes!(remove)).routes(routes!(reload))
 }
 
+/// Adds a VM to those that are served; kept over restarts.
+#[utoipa::path(post, path = "/v1/vms",
+    request_body(content = Object, description = "The keys of a `[[vm]]` table of the configuration, `port` a list"),
+    responses(
+        (status = 200, description = "It was there already, with the same settings", body = VmDocument),
+        (status = 201, description = "Every socket of it listens", body = VmDocument),
+        (status = 400, description = "The body is wrong: one fault a line", body = ErrorDocument),
+        (status = 408, description = "The body did not arrive in time", body = ErrorDocument),
+        (status = 409, description = "It does not go with what there is: nothing changed", body = ErrorDocument),
+        (status = 413, description = "The body is too large", body = ErrorDocument),
+        (status = 500, description = "The state directory refuses it: nothing changed", body = ErrorDocument),
+        (status = 503, description = "vmflow stops, or does not answer", body = ErrorDocument),
+    ))]
 async fn add(
     State(monitor): State<Monitor>,
     Extension(limits): Extension<Limits>,
@@ -93,6 +103,17 @@ async fn add(
     }
 }
 
+/// Removes a VM that was added, and retires its label.
+#[utoipa::path(delete, path = "/v1/vms/{name}",
+    params(("name" = String, Path, description = "The VM's name")),
+    responses(
+        (status = 200, description = "It is gone: what it was", body = VmDocument),
+        (status = 400, description = "The name cannot be read", body = ErrorDocument),
+        (status = 404, description = "No VM has this name", body = ErrorDocument),
+        (status = 409, description = "It is in a configuration file: nothing changed", body = ErrorDocument),
+        (status = 500, description = "The state directory refuses it: nothing changed", body = ErrorDocument),
+        (status = 503, description = "vmflow stops, or does not answer", body = ErrorDocument),
+    ))]
 async fn remove(
     State(monitor): State<Monitor>,
     Extension(limits): Extension<Limits>,
@@ -102,6 +123,17 @@ async fn remove(
     monitor.remove(limits, peer, Which::Name(vm_name(name)?)).await
 }
 
+/// The same by UUID.
+#[utoipa::path(delete, path = "/v1/vms",
+    params(("uuid" = Uuid, Query, description = "The VM's UUID")),
+    responses(
+        (status = 200, description = "It is gone: what it was", body = VmDocument),
+        (status = 400, description = "There is no UUID in the query", body = ErrorDocument),
+        (status = 404, description = "No VM has this UUID", body = ErrorDocument),
+        (status = 409, description = "It is in a configuration file: nothing changed", body = ErrorDocument),
+        (status = 500, description = "The state directory refuses it: nothing changed", body = ErrorDocument),
+        (status = 503, description = "vmflow stops, or does not answer", body = ErrorDocument),
+    ))]
 async fn remove_by_uuid(
     State(monitor): State<Monitor>,
     Extension(limits): Extension<Limits>,
@@ -117,6 +149,15 @@ async fn remove_by_uuid(
     monitor.remove(limits, peer, Which::Uuid(uuid)).await
 }
 
+/// Reads the configuration files again, and serves what they say now: all of it, or nothing changes.
+#[utoipa::path(post, path = "/v1/reload", responses(
+    (status = 200, description = "What is different from before", body = Changes),
+    (status = 400, description = "The configuration is wrong: one fault a line", body = ErrorDocument),
+    (status = 409, description = "It cannot come into force while vmflow runs", body = ErrorDocument),
+    (status = 500, description = "The state directory refuses it: nothing changed", body = ErrorDocument),
+    (status = 503, description = "vmflow stops, or does not answer", body = ErrorDocument),
+    (status = 504, description = "A port did not acknowledge its policy in time", body = ErrorDocument),
+))]
 async fn reload(
     State(monitor): State<Monitor>,
     Extension(limits): Extension<Limits>,

@@ -12,6 +12,10 @@ use serde::{
     Deserialize, Deserializer, Serialize, Serializer,
     de::{self, MapAccess, Visitor},
 };
+use utoipa::{
+    PartialSchema, ToSchema,
+    openapi::{ObjectBuilder, RefOr, Schema, schema::AdditionalProperties},
+};
 use uuid::Uuid;
 
 use crate::{
@@ -24,9 +28,9 @@ use crate::{
 pub const VERSION: u32 = 1;
 
 /// `GET /v1/stats`: what every VM sent and received.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Stats {
-    /// [`VERSION`].
+    /// The version of this document: 1.
     pub version: u32,
     /// The host's name.
     pub node: String,
@@ -39,7 +43,7 @@ pub struct Stats {
 
 /// A time of which it is not known what was counted in it: the totals that were kept last were written at its
 /// beginning, and the next vmflow went on from them at its end.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Gap {
     /// When the totals were written last: RFC 3339, UTC. They are written when they change: once a second at most.
     pub from: String,
@@ -50,7 +54,7 @@ pub struct Gap {
 }
 
 /// One VM's part of [`Stats`].
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct VmStats {
     /// The VM's name.
     pub name: String,
@@ -70,18 +74,18 @@ pub struct VmStats {
 }
 
 /// An operator's tag on a VM.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Tag {
     /// Why, in the operator's words.
     pub reason: String,
     /// Who: user and process at the control socket.
     pub by: String,
-    /// When: RFC 3339, UTC (see [`rfc3339`]).
+    /// When: RFC 3339, UTC.
     pub since: String,
 }
 
 /// Which side makes the connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Mode {
     /// vmflow listens.
@@ -91,7 +95,7 @@ pub enum Mode {
 }
 
 /// One port's part of [`VmStats`].
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct PortStats {
     /// Path of the vhost-user socket.
     pub socket: String,
@@ -125,7 +129,7 @@ pub struct PortStats {
 }
 
 /// How much traffic: four units of the same frames.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Counts {
     /// Frames: descriptor chains (transmit) or tap reads (receive).
     pub frames: u64,
@@ -138,7 +142,7 @@ pub struct Counts {
 }
 
 /// What the guest sent: `chains = in_flight + forwarded + diverted + sum(dropped)`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Transmit {
     /// Descriptor chains taken from the ring.
     pub chains: u64,
@@ -163,7 +167,7 @@ pub struct Transmit {
 }
 
 /// What came for the guest: `reads = in_flight + delivered + diverted + sum(dropped)`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Receive {
     /// Frames read from the tap.
     pub reads: u64,
@@ -188,7 +192,7 @@ pub struct Receive {
 }
 
 /// Writes to the tap: one may carry several frames.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct TapWrites {
     /// Writes.
     pub writes: u64,
@@ -197,7 +201,7 @@ pub struct TapWrites {
 }
 
 /// Reads from the tap.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct TapReads {
     /// Reads.
     pub reads: u64,
@@ -210,9 +214,9 @@ pub struct TapReads {
 pub struct Dropped(pub [u64; DropReason::COUNT]);
 
 /// `GET /v1/vms`: which VMs there are.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Vms {
-    /// [`VERSION`].
+    /// The version of this document: 1.
     pub version: u32,
     /// The host's name.
     pub node: String,
@@ -221,7 +225,7 @@ pub struct Vms {
 }
 
 /// One VM's part of [`Vms`], and the answer to a change of it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct VmDocument {
     /// The VM's name.
     pub name: String,
@@ -242,7 +246,7 @@ pub struct VmDocument {
 }
 
 /// One port's part of [`VmDocument`].
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct PortDocument {
     /// Path of the vhost-user socket.
     pub socket: String,
@@ -261,9 +265,9 @@ pub struct PortDocument {
 }
 
 /// The answer to `POST /v1/reload`: the names of the VMs that a change of the configuration concerned.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Changes {
-    /// [`VERSION`].
+    /// The version of this document: 1.
     pub version: u32,
     /// VMs that were not there before.
     pub added: Vec<String>,
@@ -415,6 +419,22 @@ impl Serialize for Dropped {
         serializer.collect_map(DropReason::ALL.iter().map(|reason| reason.name()).zip(self.0))
     }
 }
+
+impl PartialSchema for Dropped {
+    fn schema() -> RefOr<Schema> {
+        let object = ObjectBuilder::new().description(Some("Dropped frames by reason; each is present."));
+        let object = DropReason::ALL.iter().fold(object, |object, reason| {
+            let frames = ObjectBuilder::new()
+                .schema_type(utoipa::openapi::schema::Type::Integer)
+                .minimum(Some(0))
+                .description(Some(reason.meaning()));
+            object.property(reason.name(), frames).required(reason.name())
+        });
+        object.additional_properties(Some(AdditionalProperties::FreeForm(false))).into()
+    }
+}
+
+impl ToSchema for Dropped {}
 
 impl<'de> Deserialize<'de> for Dropped {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {

@@ -2,6 +2,8 @@
 //!
 //! ```text
 //!   stats.sock    GET /v1/stats  GET /v1/vms                       for a group that may look
+//!                 GET /v1/health  GET /v1/version                  is all well, and what runs
+//!                 GET /v1/openapi.json                             what there is, in OpenAPI's terms
 //!   control.sock  the same, and
 //!                 PUT    /v1/vms/NAME/suspect {"reason": "..."}    for root, who may change
 //!                 DELETE /v1/vms/NAME/suspect
@@ -17,6 +19,8 @@
 
 mod change;
 pub mod document;
+pub mod health;
+mod openapi;
 mod serve;
 mod state;
 
@@ -27,7 +31,6 @@ use axum::{
     http::{HeaderValue, Method, StatusCode, Uri, header},
     middleware::{self, Next},
     response::{IntoResponse, Response},
-    routing,
 };
 use http_body_util::BodyExt;
 use serde::{Deserialize, Serialize};
@@ -38,7 +41,11 @@ use tokio::{
 use uuid::Uuid;
 
 pub use change::{Added, VmCommand, Which};
+use utoipa::ToSchema;
+use utoipa_axum::{router::OpenApiRouter, routes};
+
 use document::{Stats, VmDocument, Vms};
+use health::Health;
 pub use serve::{Limits, Peer, serve_unix};
 pub use state::StateCommand;
 
@@ -57,6 +64,8 @@ const NAMED_MAX: usize = 20;
 pub enum Command {
     /// For `GET /v1/stats`.
     Stats(oneshot::Sender<Stats>),
+    /// For `GET /v1/health`.
+    Health(oneshot::Sender<Health>),
     /// For `GET /v1/vms`.
     Vms(oneshot::Sender<Vms>),
     /// Puts every frame of a VM under its suspect label, or no longer does.
@@ -114,23 +123,19 @@ pub enum CommandError {
 /// The routes of the stats socket: GET only. Any other method is refused on any path, before anything else is
 /// looked at.
 pub fn stats_router(commands: mpsc::Sender<Command>) -> Router {
-    reads().layer(middleware::from_fn(get_only)).with_state(Monitor { commands })
+    openapi::described(reads()).layer(middleware::from_fn(get_only)).with_state(Monitor { commands })
 }
 
 /// The routes of the control socket: those of the stats socket, and changes.
 pub fn control_router(commands: mpsc::Sender<Command>) -> Router {
-    let tag = routing::put(tag).delete(clear);
-    change::routes(state::routes(reads()))
-        .route("/v1/vms/{name}/suspect", tag)
+    openapi::described(change::routes(state::routes(reads())).routes(routes!(tag, clear)))
         .method_not_allowed_fallback(method_not_allowed)
         .with_state(Monitor { commands })
 }
 
-fn reads() -> Router<Monitor> {
-    Router::new()
-        .route("/v1/stats", routing::get(stats))
-        .route("/v1/vms", routing::get(vms))
-        .fallback(no_such_path)
+fn reads() -> OpenApiRouter<Monitor> {
+    let router = openapi::router().routes(routes!(stats)).routes(routes!(vms));
+    health::routes(router).fallback(no_such_path)
 }
 
 /// The way to the monitor's task.
@@ -199,6 +204,11 @@ pub(crate) fn names<'a>(names: impl ExactSizeIterator<Item = &'a str>) -> String
     }
 }
 
+/// What every VM sent and received.
+#[utoipa::path(get, path = "/v1/stats", responses(
+    (status = 200, description = "The numbers of now: none is ever lower than one that was shown", body = Stats),
+    (status = 503, description = "vmflow stops, or does not answer", body = ErrorDocument),
+))]
 async fn stats(
     State(monitor): State<Monitor>,
     Extension(limits): Extension<Limits>,
@@ -206,6 +216,11 @@ async fn stats(
     Ok(json(StatusCode::OK, &monitor.ask(limits, Command::Stats).await?))
 }
 
+/// Which VMs there are, with their labels, tags and ports.
+#[utoipa::path(get, path = "/v1/vms", responses(
+    (status = 200, description = "All VMs", body = Vms),
+    (status = 503, description = "vmflow stops, or does not answer", body = ErrorDocument),
+))]
 async fn vms(
     State(monitor): State<Monitor>,
     Extension(limits): Extension<Limits>,
@@ -213,13 +228,28 @@ async fn vms(
     Ok(json(StatusCode::OK, &monitor.ask(limits, Command::Vms).await?))
 }
 
-/// The body of `PUT /v1/vms/NAME/suspect`.
-#[derive(Debug, Deserialize)]
+/// An operator's tag for a VM.
+#[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct TagBody {
+    /// Why: one line of at most 1024 characters.
+    #[schema(min_length = 1, max_length = 1024)]
     reason: String,
 }
 
+/// Puts every frame of a VM under its suspect label, from the next batch on.
+#[utoipa::path(put, path = "/v1/vms/{name}/suspect", request_body = TagBody,
+    params(("name" = String, Path, description = "The VM's name")),
+    responses(
+        (status = 200, description = "The tag is in force at every port", body = VmDocument),
+        (status = 400, description = "The body is wrong", body = ErrorDocument),
+        (status = 404, description = "No VM has this name", body = ErrorDocument),
+        (status = 408, description = "The body did not arrive in time", body = ErrorDocument),
+        (status = 413, description = "The body is too large", body = ErrorDocument),
+        (status = 500, description = "The state directory refuses it: nothing changed", body = ErrorDocument),
+        (status = 503, description = "vmflow stops, or does not answer", body = ErrorDocument),
+        (status = 504, description = "A port did not acknowledge it in time", body = ErrorDocument),
+    ))]
 async fn tag(
     State(monitor): State<Monitor>,
     Extension(limits): Extension<Limits>,
@@ -238,6 +268,17 @@ async fn tag(
     monitor.change(limits, vm, Some(tag)).await
 }
 
+/// Takes the tag off a VM.
+#[utoipa::path(delete, path = "/v1/vms/{name}/suspect",
+    params(("name" = String, Path, description = "The VM's name")),
+    responses(
+        (status = 200, description = "No tag is in force any more", body = VmDocument),
+        (status = 400, description = "The name cannot be read", body = ErrorDocument),
+        (status = 404, description = "No VM has this name", body = ErrorDocument),
+        (status = 500, description = "The state directory refuses it: nothing changed", body = ErrorDocument),
+        (status = 503, description = "vmflow stops, or does not answer", body = ErrorDocument),
+        (status = 504, description = "A port did not acknowledge it in time", body = ErrorDocument),
+    ))]
 async fn clear(
     State(monitor): State<Monitor>,
     Extension(limits): Extension<Limits>,
@@ -314,7 +355,7 @@ async fn method_not_allowed(method: Method, uri: Uri) -> Refusal {
 }
 
 async fn no_such_path(uri: Uri) -> Refusal {
-    let text = format!("there is no {}: try /v1/stats or /v1/vms", uri.path());
+    let text = format!("there is no {}: try /v1/stats or /v1/vms; /v1/openapi.json has them all", uri.path());
     Refusal::new(StatusCode::NOT_FOUND, text)
 }
 
@@ -332,7 +373,7 @@ impl Refusal {
 }
 
 /// The body of every error.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
 pub struct ErrorDocument {
     /// What is wrong, and where: one line.
     pub error: String,

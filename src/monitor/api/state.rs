@@ -1,15 +1,15 @@
 //! What outlives everything, to be taken elsewhere: `GET` and `PUT /v1/state` on the control socket.
 
 use axum::{
-    Extension, Router,
+    Extension,
     extract::{Request, State},
     http::StatusCode,
     response::Response,
-    routing,
 };
 use tokio::sync::oneshot;
+use utoipa_axum::{router::OpenApiRouter, routes};
 
-use super::{Command, CommandError, Limits, Monitor, Refusal, json, read_body};
+use super::{Command, CommandError, ErrorDocument, Limits, Monitor, Refusal, json, read_body};
 use crate::monitor::state::{self, Imported};
 
 /// The largest document that is read, in bytes: some 20,000 ports.
@@ -29,10 +29,15 @@ pub enum StateCommand {
     },
 }
 
-pub(super) fn routes(router: Router<Monitor>) -> Router<Monitor> {
-    router.route("/v1/state", routing::get(export).put(import))
+pub(super) fn routes(router: OpenApiRouter<Monitor>) -> OpenApiRouter<Monitor> {
+    router.routes(routes!(export, import))
 }
 
+/// Labels, tags and totals of every VM that there is or was.
+#[utoipa::path(get, path = "/v1/state", responses(
+    (status = 200, description = "What outlives vmflow, to be taken elsewhere", body = state::State),
+    (status = 503, description = "vmflow stops, or does not answer", body = ErrorDocument),
+))]
 async fn export(
     State(monitor): State<Monitor>,
     Extension(limits): Extension<Limits>,
@@ -41,6 +46,17 @@ async fn export(
     Ok(json(StatusCode::OK, &state))
 }
 
+/// Takes over labels, tags and totals of VMs that are not served here. Nothing is lowered or replaced.
+#[utoipa::path(put, path = "/v1/state", request_body = state::State, responses(
+    (status = 200, description = "All of it is here, and on disk", body = Imported),
+    (status = 400, description = "The body is no such document", body = ErrorDocument),
+    (status = 408, description = "The body did not arrive in time", body = ErrorDocument),
+    (status = 409, description = "It contradicts what is here: nothing is imported", body = ErrorDocument),
+    (status = 413, description = "The body is too large", body = ErrorDocument),
+    (status = 500, description = "The state directory refuses it: nothing is imported", body = ErrorDocument),
+    (status = 503, description = "vmflow stops, or does not answer", body = ErrorDocument),
+    (status = 504, description = "The totals are not on disk yet", body = ErrorDocument),
+))]
 async fn import(
     State(monitor): State<Monitor>,
     Extension(limits): Extension<Limits>,

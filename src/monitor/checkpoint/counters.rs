@@ -1,6 +1,7 @@
 //! What a port has counted, as it is kept and handed on: what is 0 is left out.
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::{
     ledger::{Known, Part, Totals},
@@ -11,7 +12,7 @@ use crate::{
 };
 
 /// Everything that a port has counted since its VM got its label. A counter that is 0 is left out.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct PortCounters {
     /// Front ends served.
@@ -35,7 +36,7 @@ pub struct PortCounters {
 }
 
 /// What was counted in one direction, over all queue pairs. A counter that is 0 is left out.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct DirectionCounters {
     /// Transmit: chains taken from the ring. Receive: frames read from the tap.

@@ -17,6 +17,7 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use super::{counters::PortCounters, error::CheckpointError};
 use crate::{
@@ -64,7 +65,7 @@ pub struct Gap {
 }
 
 /// Why there is a gap.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum GapReason {
     /// vmflow died without a word, and the host went on.

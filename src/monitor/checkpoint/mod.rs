@@ -29,7 +29,7 @@ use std::{
 
 use tokio::{
     sync::{Mutex, OwnedMutexGuard},
-    time::{Instant, MissedTickBehavior, interval, timeout},
+    time::{Instant, timeout},
 };
 
 use self::file::Saved;
@@ -41,8 +41,6 @@ pub use self::{
 use super::{api::document::rfc3339_seconds, ports::Port, registry::Registry};
 use crate::label::Label;
 
-/// How often what changed is written.
-const PERIOD: Duration = Duration::from_secs(1);
 /// How long numbers wait for the disk before they are shown all the same.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// How often it is said that the disk still fails.
@@ -146,16 +144,6 @@ impl Checkpoint {
         file::write(&self.path, &saved)
     }
 
-    /// Writes what changed, once a second, for as long as it is polled.
-    pub async fn keep(&self, ports: impl Fn() -> Vec<Rc<Port>>) {
-        let mut period = interval(PERIOD);
-        period.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        loop {
-            period.tick().await;
-            self.write(&ports).await;
-        }
-    }
-
     /// To be called after numbers were read and before they are shown: waits until they, or later ones, are on
     /// disk. Not for long: a disk that fails or hangs keeps nobody from looking.
     pub async fn cover(&self, ports: impl Fn() -> Vec<Rc<Port>>) {
@@ -220,7 +208,8 @@ impl Checkpoint {
         self.flush(round).await;
     }
 
-    async fn write(&self, ports: impl Fn() -> Vec<Rc<Port>>) {
+    /// Writes what changed. To be called once a second.
+    pub async fn write(&self, ports: impl Fn() -> Vec<Rc<Port>>) {
         let asked = self.rounds.get();
         let round = Arc::clone(&self.round).lock_owned().await;
         let is_on_disk = || self.version.get() == self.on_disk.get();

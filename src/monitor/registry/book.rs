@@ -16,14 +16,16 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 use uuid::Uuid;
 
 use super::error::RegistryError;
 use crate::label::Label;
 
 /// An operator's tag: why a VM is suspect, who says so, and since when.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(as = StoredTag)]
 pub struct Tag {
     /// Why.
     pub reason: String,
