@@ -20,6 +20,7 @@ use crate::{
     client::{self, Action, ClientError},
     config::{self, Config, DEFAULT_CONTROL, DEFAULT_FILE, Described, Faults, Origins, Vm},
     keeper::{self, brief::Brief},
+    log::{self, Directive, Format},
     monitor::{self, api::Which, change::ChangeError, state::StateError},
 };
 use state::LowState;
@@ -37,6 +38,8 @@ pub enum Command {
         origins: Origins,
         /// Where what was counted is lost, numbers begin at 0.
         forget_totals: bool,
+        /// In what form it logs.
+        log_format: Option<Format>,
     },
     /// Judge a configuration and change nothing.
     Check(Origins),
@@ -223,6 +226,11 @@ enum LowCommand {
         #[arg(long)]
         json: bool,
     },
+    /// Show how much is logged, or change it while vmflow runs
+    LogLevel {
+        /// off, error, warn, info, debug or trace; or those of modules, as in vmflow=info,vhost=debug
+        level: Option<Directive>,
+    },
     /// Hold one front end's connection
     #[command(hide = true)]
     Keeper {
@@ -249,6 +257,9 @@ struct LowServe {
     /// Begin every VM's numbers at 0 if the file with the totals is missing or damaged; an intact one is kept
     #[arg(long)]
     forget_totals: bool,
+    /// Log lines for people, or objects; without it text, or under systemd the journal's own form
+    #[arg(long, value_name = "text|json")]
+    log_format: Option<Format>,
 }
 
 /// Why there is no command to run.
@@ -290,8 +301,8 @@ impl LowArgs {
         let control = PathBuf::from(written.as_deref().unwrap_or(DEFAULT_CONTROL));
         Ok(match self.command {
             LowCommand::Serve(serve) => {
-                let forget_totals = serve.forget_totals;
-                Command::Serve { origins: serve.strict(written)?, forget_totals }
+                let (forget_totals, log_format) = (serve.forget_totals, serve.log_format);
+                Command::Serve { origins: serve.strict(written)?, forget_totals, log_format }
             }
             LowCommand::Check { config } => {
                 Command::Check(Origins { file: Some(config), control: written, ..Origins::default() })
@@ -319,6 +330,7 @@ impl LowArgs {
             LowCommand::Reload => Command::Ask { control, action: Action::Reload },
             LowCommand::Health { json } => Command::Ask { control, action: Action::Health { json } },
             LowCommand::Version { json } => Command::Ask { control, action: Action::Version { json } },
+            LowCommand::LogLevel { level } => Command::Ask { control, action: Action::LogLevel { level } },
             LowCommand::State(state) => {
                 let (place, command) = state.strict(control)?;
                 Command::State { place, command }
@@ -359,9 +371,14 @@ fn tag_reason(text: &str) -> Result<String, CliError> {
 /// # Errors
 /// [`CliError`]: what to print, and the exit code.
 pub fn run(command: Command) -> Result<(), CliError> {
+    let log_format = match command {
+        Command::Serve { log_format, .. } => log_format,
+        _ => None,
+    };
+    log::init(log_format).map_err(|error| CliError::Usage(error.to_string()))?;
     match command {
         Command::Check(origins) => check(&Config::load(&origins)?, &mut io::stdout().lock()),
-        Command::Serve { origins, forget_totals } => {
+        Command::Serve { origins, forget_totals, .. } => {
             let config = Config::load(&origins)?;
             Ok(monitor::run(origins, &config, forget_totals)?)
         }
@@ -450,7 +467,7 @@ mod tests {
             suspect: Some(SuspectAction::Drop),
         };
         let line = "serve --vm name=a,tap=b --vm name=c --control /c --state /s --suspect-action drop";
-        assert_eq!(typed(line), Ok(Command::Serve { origins, forget_totals: false }));
+        assert_eq!(typed(line), Ok(Command::Serve { origins, forget_totals: false, log_format: None }));
         assert_eq!(
             typed("serve --suspect-action mirror").unwrap_err(),
             "vmflow: --suspect-action: the suspect action \"mirror\" is not in this release: \

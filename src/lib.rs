@@ -27,6 +27,7 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`config`], [`cli`] | what the operator wrote: loose as written, then strict as meant |
+//! | [`log`] | log lines: how much, and in what form |
 //! | [`label`] | the numbers that VMs are known by |
 //! | [`features`] | what a port offers |
 //! | [`monitor`] | start-up order; [`monitor::change`] VMs come, change and go, [`monitor::make`] what ports are made of, [`monitor::registry`] labels and [`monitor::added`] added VMs on disk, [`monitor::checkpoint`] totals on disk, [`monitor::state`] all of these to be taken elsewhere, [`monitor::doorbell`] front ends come, [`monitor::ports`] one port's life, [`monitor::tally`] what is counted of it, [`monitor::connection`] one connection's, [`monitor::spawn`] keepers start, [`monitor::link`] the tap as an interface, [`monitor::api`] HTTP on unix sockets, [`monitor::host`] what it is about |
@@ -58,6 +59,7 @@ pub mod features;
 pub mod keeper;
 pub mod label;
 pub mod ledger;
+pub mod log;
 pub mod monitor;
 pub mod path;
 pub mod policy;

@@ -24,6 +24,7 @@ use tokio::{net::UnixStream, time::timeout};
 
 use crate::{
     config,
+    log::Directive,
     monitor::api::{
         ErrorDocument, Which,
         document::{Changes, Stats, VERSION, VmDocument, Vms},
@@ -142,6 +143,11 @@ pub enum Action {
         /// Print the document as it came.
         json: bool,
     },
+    /// `vmflow log-level [LEVEL]`
+    LogLevel {
+        /// What is wanted; none only shows it.
+        level: Option<Directive>,
+    },
 }
 
 /// Does what a subcommand asks for. Ends well when the reader of `out` goes away. To be called inside a tokio
@@ -185,6 +191,7 @@ async fn perform(
         Action::Reload => change::reloaded(&client.reload().await?),
         Action::Health { json } => return client.show_health(*json, out).await,
         Action::Version { json } => return client.show_version(*json, out).await,
+        Action::LogLevel { level } => client.log_level(level.as_ref()).await?,
     };
     print(out, &text)
 }

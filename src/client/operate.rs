@@ -1,11 +1,18 @@
-//! What an operator asks of a running vmflow besides numbers: is all well, what runs.
+//! What an operator asks of a running vmflow besides numbers: is all well, what runs, how much is logged.
 
 use std::io::Write;
 
 use hyper::{Method, StatusCode};
+use tokio::net::UnixStream;
 
-use super::{Client, ClientError, ErrorDocument, converse, print};
-use crate::monitor::api::health::{Check, Health, Problem, Status, Version};
+use super::{Client, ClientError, ErrorDocument, converse, exchange, print};
+use crate::{
+    log::Directive,
+    monitor::api::{
+        health::{Check, Health, Problem, Status, Version},
+        log::LogLevel,
+    },
+};
 
 impl Client {
     /// Prints whether all is well.
@@ -41,6 +48,22 @@ impl Client {
         let running: Version =
             serde_json::from_slice(&answer.body).map_err(|error| answer.unreadable(&error))?;
         print(out, &format!("running: {}, API version {}\n", running.version, running.api))
+    }
+
+    /// How much is logged, after a change if one is wanted: one line.
+    ///
+    /// # Errors
+    /// [`ClientError`], whose text is one line.
+    pub async fn log_level(&self, wanted: Option<&Directive>) -> Result<String, ClientError> {
+        let (method, body) = match wanted {
+            Some(level) => (Method::PUT, serde_json::json!({ "level": level.to_string() }).to_string()),
+            None => (Method::GET, String::new()),
+        };
+        let stream = UnixStream::connect(&self.control).await;
+        let answer = exchange(self.control.clone(), stream, method, "/v1/log", body).await?;
+        let LogLevel { level } =
+            serde_json::from_slice(&answer.body).map_err(|error| answer.unreadable(&error))?;
+        Ok(level + "\n")
     }
 }
 

@@ -108,7 +108,7 @@ impl<'p> Connection<'p> {
                     self.deadline = Some(Instant::now() + END_DEADLINE);
                 }
                 Event::DeadlinePassed => {
-                    tracing::warn!(vm = self.port.brief.vm, "the keeper did not end in time: killed");
+                    tracing::warn!("the keeper did not end in time: killed");
                     self.keeper.kill();
                     self.deadline = None;
                 }
@@ -141,7 +141,6 @@ impl<'p> Connection<'p> {
     }
 
     fn answer(&mut self, packet: Packet) {
-        let vm = &self.port.brief.vm;
         match packet {
             Packet::Ready => {
                 self.ready = true;
@@ -150,7 +149,7 @@ impl<'p> Connection<'p> {
             Packet::Acknowledged(generation) => {
                 self.port.acknowledged.send_replace(Acknowledged::Generation(generation));
             }
-            Packet::Refused(generation) => tracing::error!(vm, generation, "the worker refused its policy"),
+            Packet::Refused(generation) => tracing::error!(generation, "the worker refused its policy"),
             Packet::Policy(_) => {}
         }
     }
@@ -166,7 +165,7 @@ impl<'p> Connection<'p> {
             first
         });
         if let Err(e) = self.policies.send(&policy) {
-            tracing::error!(vm = self.port.brief.vm, "cannot hand over the policy: {e}");
+            tracing::error!("cannot hand over the policy: {e}");
         }
     }
 }

@@ -15,6 +15,7 @@ use tokio::{
     task::JoinHandle,
     time::{Instant, sleep_until, timeout},
 };
+use tracing::Instrument;
 
 use super::{
     connection::Connection,
@@ -126,8 +127,14 @@ impl Port {
         }
     }
 
-    /// Serves one front end after the other until `stop` says true.
-    async fn serve(&self, mut stop: watch::Receiver<bool>) {
+    /// Serves one front end after the other until `stop` says true. What is logged meanwhile is about the port.
+    async fn serve(&self, stop: watch::Receiver<bool>) {
+        let Brief { vm, label, port, .. } = &self.brief;
+        let about = tracing::error_span!("port", vm, label, port);
+        self.serve_all(stop).instrument(about).await;
+    }
+
+    async fn serve_all(&self, mut stop: watch::Receiver<bool>) {
         self.connected(false);
         let mut next = None;
         loop {
@@ -140,7 +147,7 @@ impl Port {
             match self.attend(front_end, stop.clone()).await {
                 Ok(waiting) => next = waiting,
                 Err(e) => {
-                    tracing::error!(vm = self.brief.vm, "cannot serve a front end: {e}");
+                    tracing::error!("cannot serve a front end: {e}");
                     tokio::time::sleep(START_RETRY).await;
                 }
             }
@@ -165,32 +172,31 @@ impl Port {
     fn connected(&self, connected: bool) {
         self.connected.set(connected);
         if let Err(e) = tap::set_carrier(&self.tap, connected) {
-            tracing::debug!(vm = self.brief.vm, "carrier: {e}");
+            tracing::debug!("carrier: {e}");
         }
     }
 
     async fn attend(&self, front_end: FrontEnd, stop: watch::Receiver<bool>) -> io::Result<Option<FrontEnd>> {
         self.tally.connections.count();
-        let (Brief { vm, label, port, .. }, FrontEnd { pid, uid, .. }) = (&self.brief, &front_end);
-        tracing::info!(vm, label, port, pid, uid, "a front end is connected");
+        let FrontEnd { pid, uid, .. } = &front_end;
+        tracing::info!(pid, uid, "a front end is connected");
         Connection::start(self, front_end)?.serve(stop).await
     }
 
     /// A keeper that fails, or is killed, has lost its worker; the next connection has a new one.
     pub(super) fn keeper_ended(&self, status: ExitStatus) {
-        let Brief { vm, label, port, .. } = &self.brief;
         if status.success() {
-            tracing::info!(vm, label, port, "the front end is disconnected");
+            tracing::info!("the front end is disconnected");
         } else {
             self.tally.keeper_deaths.count();
-            tracing::warn!(vm, label, port, "keeper and worker died ({status}): the VMM may reconnect");
+            tracing::warn!("keeper and worker died ({status}): the VMM may reconnect");
         }
     }
 
     /// A front end was not let in.
     pub(super) fn refuse(&self, why: &str) {
         self.tally.refused.count();
-        tracing::warn!(vm = self.brief.vm, "a second front end was refused: {why}");
+        tracing::warn!("a second front end was refused: {why}");
     }
 
     /// A policy is to be in force: if it is another one, the worker of now, and each one after it, gets it.

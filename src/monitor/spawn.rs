@@ -43,6 +43,7 @@ impl KeeperProcess {
         let child = Command::new("/proc/self/exe")
             .arg("keeper")
             .arg(serde_json::to_string(brief)?)
+            .envs(crate::log::environment())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .process_group(0) // a Ctrl-C at our terminal is for us alone

@@ -222,11 +222,9 @@ impl Device {
             if let Some(fault) = turn.fault {
                 vring.signal_error();
                 if self.pair().may_say() {
-                    tracing::warn!(
-                        vm = self.brief.vm,
-                        ring,
-                        "the guest broke its queue: {fault}: it rests until it is reset"
-                    );
+                    let Brief { vm, label, port, .. } = &self.brief;
+                    let text = "it rests until it is reset";
+                    tracing::warn!(vm, label, port, ring, "the guest broke its queue: {fault}: {text}");
                 }
             }
             if !turn.more {
@@ -318,7 +316,8 @@ impl Device {
             }
             Ok(_) => Packet::Refused(generation),
             Err(e) => {
-                tracing::warn!("{e}: the policy before stays in force");
+                let Brief { vm, label, port, .. } = &self.brief;
+                tracing::warn!(vm, label, port, "{e}: the policy before stays in force");
                 Packet::Refused(generation)
             }
         }
@@ -348,7 +347,8 @@ impl VhostUserBackend for Device {
     fn acked_features(&self, acked: u64) {
         let _no_turn_runs = self.quiet();
         if let Err(e) = tap::set_offloads(&self.tap, acked) {
-            tracing::warn!("the tap's offloads could not be set: {e}");
+            let Brief { vm, label, port, .. } = &self.brief;
+            tracing::warn!(vm, label, port, "the tap's offloads could not be set: {e}");
         }
         self.acked.store(acked, Ordering::Relaxed);
     }

@@ -12,6 +12,8 @@
 //!                 POST   /v1/reload                                the configuration files
 //!                 GET    /v1/state                                 labels and totals, to be taken elsewhere
 //!                 PUT    /v1/state
+//!                 GET    /v1/log                                   how much is logged
+//!                 PUT    /v1/log                {"level": "..."}
 //! ```
 //!
 //! Answers are one line of JSON; errors are `{"error": "..."}`, one clear line. The API holds no state and knows
@@ -20,6 +22,7 @@
 mod change;
 pub mod document;
 pub mod health;
+pub mod log;
 mod openapi;
 mod serve;
 mod state;
@@ -128,7 +131,7 @@ pub fn stats_router(commands: mpsc::Sender<Command>) -> Router {
 
 /// The routes of the control socket: those of the stats socket, and changes.
 pub fn control_router(commands: mpsc::Sender<Command>) -> Router {
-    openapi::described(change::routes(state::routes(reads())).routes(routes!(tag, clear)))
+    openapi::described(log::routes(change::routes(state::routes(reads()))).routes(routes!(tag, clear)))
         .method_not_allowed_fallback(method_not_allowed)
         .with_state(Monitor { commands })
 }
