@@ -145,7 +145,9 @@ async fn new_tap(
             Some(fd) => tap::adopt(fd, &name)?,
             None => tap::attach(&name)?,
         };
-        Ok((tap, link::configure(&wanted)?.mtu))
+        let mtu = link::configure(&wanted)?.mtu;
+        tap::drain(&tap); // one that was handed in may have been another VM's
+        Ok((tap, mtu))
     })
     .await
 }

@@ -60,6 +60,24 @@ fn a_tap_handed_in_as_a_descriptor_is_served_where_it_is() {
     assert!(!Path::new(&setup.socket(NAMES[0])).exists());
 }
 
+#[test]
+fn a_tap_handed_in_goes_from_one_vm_to_the_next_while_vmflow_runs() {
+    let netns = Netns::new();
+    let (tap, fd) = made_in(&netns);
+    let rig = serve(netns, tap.clone(), fd, &tap);
+    let main = rig.setup.file();
+    let text = std::fs::read_to_string(&main).unwrap();
+    std::fs::write(&main, text.split("[[vm]]").next().unwrap()).unwrap();
+    assert_eq!(rig.vmflow.ok(&["reload"]), "removed: web1\n");
+    assert!(exists(&rig.netns, &tap), "it was not ours to remove");
+    // Another tap of that name could not be moved there: it is the one that was handed in.
+    let argument = format!("name=web1,socket={},tap={tap},netns={}", rig.socket(0).display(), rig.netns.0);
+    assert!(rig.vmflow.ok(&["add", &argument]).contains("label 2"));
+    let mut device = rig.connect(0, Config::default());
+    passes(&rig, 0, &mut device);
+    rig.check(0, &device, 0);
+}
+
 /// The tap may hold a few frames, and what is behind it takes them slowly: a bridge, and a shaped link.
 #[test]
 fn a_tap_that_is_full_in_the_middle_of_a_batch_loses_and_doubles_nothing() {
