@@ -15,7 +15,9 @@ use tokio::sync::Mutex;
 use super::{
     api::{
         Added, Command, CommandError, TagRequest, VmCommand, Which,
-        document::{self, Changes, Mode, PortDocument, PortStats, Stats, VmDocument, VmStats, Vms, rfc3339},
+        document::{
+            self, Changes, Mode, PortDocument, PortStats, Stats, VmDocument, VmStats, Vms, rfc3339_seconds,
+        },
     },
     change::{ChangeError, Files, InForce, blocking},
     checkpoint::Checkpoint,
@@ -323,7 +325,7 @@ impl Vm {
         tag.as_ref().map(|tag| document::Tag {
             reason: tag.reason.clone(),
             by: tag.by.clone(),
-            since: rfc3339(UNIX_EPOCH + Duration::from_secs(tag.at)),
+            since: rfc3339_seconds(tag.at),
         })
     }
 

@@ -26,6 +26,7 @@ pub mod log;
 mod openapi;
 mod serve;
 mod state;
+mod time;
 
 use axum::{
     Extension, Router,
