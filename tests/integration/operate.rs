@@ -62,23 +62,27 @@ fn workers_that_keep_dying_and_policies_that_are_not_taken_are_problems() {
     let rig = Rig::one("");
     let mut device = rig.connect(0, Config::default());
     passes(&rig, 0, &mut device);
-    let worker = rig.vmflow.processes("vmf-w")[0];
-    signal(worker, Signal::STOP);
+    // With its keeper, or that would take the worker for one that hangs, and have another take over.
+    let stopped = rig.vmflow.processes("vmf-");
+    for pid in &stopped {
+        signal(*pid, Signal::STOP);
+    }
     assert!(!rig.vmflow.command(&["suspect", "web1", "--reason", "x"]).status.success());
     let [problem] = &problems(&rig.vmflow, "policies", 1)[..] else { unreachable!() };
     assert!(problem["reason"].as_str().unwrap().starts_with("the worker has not taken its policy"));
-    signal(worker, Signal::CONT);
+    for pid in &stopped {
+        signal(*pid, Signal::CONT);
+    }
     problems(&rig.vmflow, "policies", 0);
 
-    assert!(check(&rig.vmflow, "workers").is_empty());
-    for restarts in 1..=3 {
-        signal(rig.vmflow.processes("vmf-w")[0], Signal::KILL);
-        wait_for("the death", || (rig.vmflow.port(NAMES[0]).worker_restarts == restarts).then_some(()));
-        rig.vmflow.wait_connected(NAMES[0], false);
-        device = rig.connect(0, Config::default());
+    let before = rig.vmflow.port(NAMES[0]).worker_restarts;
+    for deaths in 1..=3 {
+        signal(wait_for("a worker", || rig.vmflow.processes("vmf-w").pop()), Signal::KILL);
+        let restarts = || rig.vmflow.port(NAMES[0]).worker_restarts;
+        wait_for("the death", || (restarts() >= before + deaths).then_some(()));
     }
     let [problem] = &problems(&rig.vmflow, "workers", 1)[..] else { unreachable!() };
-    assert_eq!(problem["reason"], "3 workers died within 60 s");
+    assert!(problem["reason"].as_str().unwrap().ends_with("workers died within 60 s"), "{problem}");
     passes(&rig, 0, &mut device);
 }
 
@@ -135,7 +139,7 @@ fn nonsense_about_the_log_is_refused_before_anything_begins() {
     }
 }
 
-/// Connects, is refused a second time, loses its worker.
+/// Connects, is refused a second time, is tagged, loses its worker, and goes.
 fn eventful(rig: &Rig) {
     let mut device = rig.connect(0, Config::default());
     passes(rig, 0, &mut device);
@@ -143,8 +147,10 @@ fn eventful(rig: &Rig) {
     second.wait_closed(vmflow_driver::channel::Deadline::within(PATIENCE)).unwrap();
     rig.vmflow.ok(&["suspect", "web1", "--reason", "scans"]);
     signal(rig.vmflow.processes("vmf-w")[0], Signal::KILL);
-    rig.vmflow.wait_connected(NAMES[0], false);
-    assert!(rig.vmflow.log().wait("the VMM may reconnect"));
+    assert!(rig.vmflow.log().wait("another one takes over"));
+    passes(rig, 0, &mut device);
+    drop(device);
+    assert!(rig.vmflow.log().wait("the front end is disconnected"));
 }
 
 #[test]
@@ -155,7 +161,7 @@ fn every_line_about_a_vm_names_vm_label_and_port() {
     let (of_host, of_vms): (Vec<_>, Vec<_>) =
         text.lines().partition(|line| line.contains("vmflow::monitor: ") || line.contains("api"));
     assert!(of_host.len() < 3, "{of_host:#?}");
-    assert!(of_vms.len() >= 5, "{text}");
+    assert!(of_vms.len() >= 6, "{text}");
     for line in of_vms {
         let port = if line.contains("the operator's tag") { "" } else { " port=0" };
         assert!(line.contains(&format!("vm=\"web1\" label=1{port}")), "{line}");
