@@ -321,3 +321,38 @@ fn a_clock_that_was_set_back_and_times_that_are_none_hurt_nobody() {
         vmflow.stop();
     }
 }
+
+#[test]
+fn a_vm_with_a_uuid_that_was_removed_and_comes_back_has_its_numbers_again_and_another_has_none() {
+    let mut rig = Rig::one("");
+    let uuid = "0a1b2c3d-0000-4000-8000-000000000002";
+    let (tap, socket) = (unique("t"), rig.vmflow.socket("web2"));
+    let vm =
+        |more: &str| format!("name=web2,socket={},tap={tap},netns={}{more}", socket.display(), rig.netns.0);
+    let (same, other) = (vm(&format!(",uuid={uuid}")), vm(""));
+    rig.vmflow.ok(&["add", &same]);
+    rig.taps.push(tap.clone());
+    rig.wires.push(crate::wire::Wire::open(&rig.netns, &tap));
+    let mut device = rig.connect(1, Config::default());
+    passes(&rig, 1, &mut device);
+    drop(device);
+    rig.vmflow.wait_connected("web2", false);
+    let before = rig.vmflow.port("web2");
+    let comes_back = |vmflow: &Vmflow| {
+        vmflow.ok(&["add", &same]);
+        assert_eq!(vmflow.port("web2"), before);
+        vmflow.ok(&["remove", "web2"]);
+    };
+    rig.vmflow.ok(&["remove", "web2"]);
+    comes_back(&rig.vmflow);
+    // A VM of the same name is another one.
+    rig.vmflow.ok(&["add", &other]);
+    assert_eq!(rig.vmflow.totals("web2"), (Totals::default(), Totals::default()));
+    rig.vmflow.ok(&["remove", "web2"]);
+    // The same after a kill: what is removed is kept like everything else.
+    rig.vmflow.stats();
+    rig.taps.pop();
+    rig.wires.pop();
+    let rig = rig.again(|vmflow, _| vmflow.kill());
+    comes_back(&rig.vmflow);
+}
