@@ -134,11 +134,36 @@ impl Bed {
         command
     }
 
-    /// Starts a server, waits until it listens at a TCP port.
-    pub fn serve(&self, port: u16, program: &str, arguments: &[&str]) {
-        let mut command = self.inside("srv", program);
+    /// Starts a program in one of the namespaces; it is ended with the bed.
+    fn start_inside(&self, place: &str, program: &str, arguments: &[&str]) {
+        let mut command = self.inside(place, program);
         command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         self.servers.borrow_mut().push(command.spawn().unwrap());
+    }
+
+    /// Starts a DHCP server behind a VM's tap, which gives its guest one address: this one.
+    pub fn serve_dhcp(&self, vm: &str, address: &str) {
+        let leases = self.file("dhcp-leases").display().to_string();
+        let options = [
+            format!("--interface=vmf-{vm}"),
+            format!("--dhcp-range={address},{address},255.255.255.0,1h"),
+            format!("--dhcp-option=option:router,{GATEWAY}"),
+            format!("--dhcp-leasefile={leases}"),
+        ];
+        // No file of this machine's is read, none is written; no name service; no pings of its own.
+        let alone = ["--keep-in-foreground", "--conf-file=", "--pid-file=", "--port=0", "--user=root"];
+        let server = ["--bind-interfaces", "--dhcp-authoritative", "--no-ping"];
+        let options: Vec<_> = options.iter().map(String::as_str).chain(alone).chain(server).collect();
+        self.start_inside(vm, "dnsmasq", &options);
+        settle("the DHCP server", || {
+            let sockets = must(self.inside(vm, "ss").args(["-Hlun", "sport = 67"]));
+            if sockets.is_empty() { Err("nothing listens at port 67".into()) } else { Ok(()) }
+        });
+    }
+
+    /// Starts a server, waits until it listens at a TCP port.
+    pub fn serve(&self, port: u16, program: &str, arguments: &[&str]) {
+        self.start_inside("srv", program, arguments);
         let filter = format!("sport = {port}");
         settle("the server", || {
             let listeners = must(self.inside("srv", "ss").args(["-Hltn", &filter]));
@@ -264,9 +289,9 @@ impl<'b> Guest<'b> {
     pub fn ping(&self, count: u32) -> u32 {
         // -A: the next one follows the answer.
         let said = self.run(&format!("ping -A -c {count} -W 1 {SERVER} || true"));
-        let words: Vec<_> = said.split_whitespace().collect();
-        let at = words.windows(2).position(|pair| pair == ["packets", "received,"]);
-        at.and_then(|at| words[at - 1].parse().ok()).unwrap_or_else(|| panic!("ping said: {said}"))
+        // "5 packets transmitted, 5 packets received, .." by busybox; others leave the second "packets" out.
+        let received = said.split_once(" transmitted, ").and_then(|(_, rest)| rest.split_whitespace().next());
+        received.and_then(|count| count.parse().ok()).unwrap_or_else(|| panic!("ping said: {said}"))
     }
 
     /// What QEMU itself said so far.
@@ -306,17 +331,36 @@ impl<'b> Guest<'b> {
 
     /// Pings, and TCP both ways; then all counts agree.
     pub fn talk_and_agree(&self, before: &Seen) -> Seen {
+        self.talk_and_agree_since(before.by_guest())
+    }
+
+    /// The same, where only the numbers of then are known.
+    pub fn talk_and_agree_since(&self, before: Witness) -> Seen {
         const PINGS: u32 = 5;
         const EACH_WAY_MIB: u64 = 8;
         assert_eq!(self.ping(PINGS), PINGS, "answers to pings");
         self.iperf(EACH_WAY_MIB, "");
         self.iperf(EACH_WAY_MIB, "--reverse");
-        self.agree(before)
+        self.agree_since(before)
+    }
+
+    /// What vmflow had seen when the guest's driver started: what it has seen by now, less what the guest counts. For
+    /// a guest that sends something when it goes down and when it comes up.
+    pub fn at_its_start(&self) -> Witness {
+        settle("a guest that is quiet", || {
+            let (before, guest, after) =
+                (Seen::of(self.bed, self.name), self.counters(), Seen::of(self.bed, self.name));
+            if before == after { Ok(before.by_guest().since(guest)) } else { Err(format!("{after:?}")) }
+        })
     }
 
     /// Waits until the guest is quiet and until vmflow, the guest and the tap have counted the same. The guest counts
     /// since its driver started: `before` is what vmflow had seen then.
     pub fn agree(&self, before: &Seen) -> Seen {
+        self.agree_since(before.by_guest())
+    }
+
+    fn agree_since(&self, before: Witness) -> Seen {
         settle("equal counts of vmflow, the guest and the tap", || {
             let seen = Seen::of(self.bed, self.name);
             let (guest, tap) = (self.counters(), self.bed.tap(self.name));
@@ -326,7 +370,7 @@ impl<'b> Guest<'b> {
             let differs = |who: &str, theirs: Witness, ours: Witness| {
                 if theirs == ours { Ok(()) } else { Err(format!("{who} {theirs:?}, vmflow {ours:?}")) }
             };
-            differs("guest", guest, seen.by_guest().since(before.by_guest()))?;
+            differs("guest", guest, seen.by_guest().since(before))?;
             // What a dead worker left unknown happened at the tap or not: no more than that.
             let unknown = tap.frames() - seen.by_tap().frames();
             if unknown > seen.uncertain || unknown == 0 {
@@ -363,7 +407,7 @@ impl Witness {
         self.transmitted.0 + self.received.0
     }
 
-    fn since(self, before: Self) -> Self {
+    pub fn since(self, before: Self) -> Self {
         let minus = |a: (u64, u64), b: (u64, u64)| (a.0 - b.0, a.1 - b.1);
         Self {
             transmitted: minus(self.transmitted, before.transmitted),
@@ -388,7 +432,7 @@ impl Seen {
     }
 
     /// What the guest must have counted: all that it sent, and what it was given.
-    fn by_guest(&self) -> Witness {
+    pub fn by_guest(&self) -> Witness {
         let sent = &self.transmit;
         Witness {
             transmitted: (sent.chains, sent.normal.bytes + sent.suspect.bytes),

@@ -11,6 +11,7 @@
 mod harness;
 
 mod bed;
+mod debian;
 mod front_ends;
 mod labels;
 mod restarts;
