@@ -26,6 +26,11 @@ const MIB: u64 = 1 << 20;
 /// One bed at a time: the machine may have two cores only.
 static TURN: Mutex<()> = Mutex::new(());
 
+/// Waits until no other test has a bed; the next one waits until the guard is dropped.
+pub fn take_turn() -> MutexGuard<'static, ()> {
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// How often a state is looked at: each look starts processes.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
@@ -42,15 +47,16 @@ pub fn settle<T>(what: &str, mut state: impl FnMut() -> Result<T, String>) -> T 
 }
 
 /// One of the scripts beside the tests.
-fn script(name: &str) -> Command {
+pub fn script(name: &str) -> Command {
     Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("qemu-scripts").join(name))
 }
 
-fn output_of(command: &mut Command) -> Output {
+pub fn output_of(command: &mut Command) -> Output {
     command.stdin(Stdio::null()).output().unwrap_or_else(|e| panic!("{command:?}: {e}"))
 }
 
-fn must(command: &mut Command) -> String {
+/// Runs a command that must succeed; gives what it printed.
+pub fn must(command: &mut Command) -> String {
     let output = output_of(command);
     let [out, err] =
         [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes).into_owned());
@@ -86,7 +92,7 @@ pub struct Bed {
 impl Bed {
     pub fn new(vms: &[Vm]) -> Self {
         assert!(rustix::process::geteuid().is_root(), "the tests with guests must run as root");
-        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let turn = take_turn();
         let prefix = unique("vq").replace('-', "_");
         must(script("net-up").arg(&prefix).args(vms.iter().map(|vm| vm.name)));
         let mut setup = Setup::new();

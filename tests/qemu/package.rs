@@ -1,0 +1,46 @@
+//! The Debian package: installed, upgraded under traffic, removed, purged.
+
+use crate::host::{Host, VERSIONS};
+
+#[test]
+fn an_upgrade_touches_no_port_and_a_purge_leaves_nothing() {
+    let host = Host::start();
+    let package = |version: &str| format!("/root/vmflow_{version}_amd64.deb");
+    let [old, new] = VERSIONS;
+    host.run(&format!("apt-get install --yes {}", package(old)));
+    assert_eq!([host.unit("ActiveState"), host.unit("UnitFileState")], ["active", "enabled"]);
+    assert_eq!(host.run("vmflow check").trim(), "OK: 0 VMs, 0 ports, 0 labels pinned");
+    host.write_vm();
+    host.run("systemctl restart vmflow");
+    let (monitor, label) = (host.unit("MainPID"), host.label());
+    let is_old = || host.outcome(&format!("readlink /proc/{monitor}/exe | grep -q deleted")).0 == Some(0);
+    assert!(!is_old());
+
+    host.send();
+    let said = host.run(&format!("dpkg --install {}", package(new)));
+    assert!(said.contains("systemctl restart vmflow starts the new one"), "{said}");
+    let version = host.run("dpkg-query --show --showformat '${Version}' vmflow");
+    assert_eq!([version.as_str(), &host.unit("MainPID")], [new, &monitor], "new on disk, the same at work");
+    assert!(is_old());
+    host.wait_for_frames();
+    let sent = host.stop_sending();
+    // A keeper can still be started by a monitor whose program is gone.
+    host.send();
+    let sent = sent + host.stop_sending();
+    let port = host.port();
+    assert_eq!((port.transmit.chains, port.transmit.forwarded.frames), (sent, sent), "{port:?}");
+    assert_eq!((port.connections, port.worker_restarts), (2, 0), "{port:?}");
+    host.run("systemctl restart vmflow");
+    assert_ne!(host.unit("MainPID"), monitor);
+    assert_eq!(host.label(), label);
+
+    host.run("apt-get remove --yes vmflow");
+    assert_eq!(host.outcome("systemctl is-active vmflow").1.trim(), "inactive");
+    host.run("test -e /etc/vmflow/vmflow.toml && test -e /var/lib/vmflow/registry.json && ! pgrep vmf-");
+    host.run("dpkg --purge vmflow");
+    let left = host.run(
+        "find / -xdev -name '*vmflow*' -not -path '/root/*' -not -path '/proc/*' -not -path '/var/log/*'",
+    );
+    let ours: Vec<_> = left.lines().filter(|path| !path.contains("vmflow-guest")).collect();
+    assert!(ours.is_empty(), "left behind: {ours:?}");
+}
