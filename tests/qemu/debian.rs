@@ -51,7 +51,7 @@ fn a_debian_gets_its_address_by_dhcp_and_comes_back_from_reboots() {
     );
     seen = comes_back(&guest, &seen);
 
-    for _ in 0..count(2, 5) {
+    for _ in 0..count(1, 5) {
         guest.reboot(); // systemctl reboot
         seen = comes_back(&guest, &seen);
     }

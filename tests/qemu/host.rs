@@ -92,7 +92,7 @@ impl Host {
     /// Writes down a VM, named `web1`.
     pub fn write_vm(&self) {
         self.run(&format!(
-            "printf '%s\\n' '[[vm]]' 'name = \"web1\"' '[[vm.port]]' 'socket = \"{SOCKET}\"' 'tap = \"vmf-web1\"' \
+            "mkdir -p /etc/vmflow/vms.d; printf '%s\\n' '[[vm]]' 'name = \"web1\"' '[[vm.port]]' 'socket = \"{SOCKET}\"' 'tap = \"vmf-web1\"' \
              >/etc/vmflow/vms.d/web1.toml"
         ));
     }

@@ -5,19 +5,18 @@ use crate::host::{Host, VERSIONS};
 #[test]
 fn an_upgrade_touches_no_port_and_a_purge_leaves_nothing() {
     let host = Host::start();
-    let package = |version: &str| format!("/root/vmflow_{version}_amd64.deb");
+    let install = |version: &str| host.run(&format!("dpkg --install /root/vmflow_{version}_amd64.deb"));
     let [old, new] = VERSIONS;
-    host.run(&format!("apt-get install --yes {}", package(old)));
-    assert_eq!([host.unit("ActiveState"), host.unit("UnitFileState")], ["active", "enabled"]);
-    assert_eq!(host.run("vmflow check").trim(), "OK: 0 VMs, 0 ports, 0 labels pinned");
     host.write_vm();
-    host.run("systemctl restart vmflow");
+    install(old);
+    assert_eq!([host.unit("ActiveState"), host.unit("UnitFileState")], ["active", "enabled"]);
+    assert!(host.run("vmflow check").contains("OK: 1 VM, 1 port"));
     let (monitor, label) = (host.unit("MainPID"), host.label());
     let is_old = || host.outcome(&format!("readlink /proc/{monitor}/exe | grep -q deleted")).0 == Some(0);
     assert!(!is_old());
 
     host.send();
-    let said = host.run(&format!("dpkg --install {}", package(new)));
+    let said = install(new);
     assert!(said.contains("systemctl restart vmflow starts the new one"), "{said}");
     let version = host.run("dpkg-query --show --showformat '${Version}' vmflow");
     assert_eq!([version.as_str(), &host.unit("MainPID")], [new, &monitor], "new on disk, the same at work");
@@ -34,7 +33,7 @@ fn an_upgrade_touches_no_port_and_a_purge_leaves_nothing() {
     assert_ne!(host.unit("MainPID"), monitor);
     assert_eq!(host.label(), label);
 
-    host.run("apt-get remove --yes vmflow");
+    host.run("dpkg --remove vmflow");
     assert_eq!(host.outcome("systemctl is-active vmflow").1.trim(), "inactive");
     host.run("test -e /etc/vmflow/vmflow.toml && test -e /var/lib/vmflow/registry.json && ! pgrep vmf-");
     host.run("dpkg --purge vmflow");

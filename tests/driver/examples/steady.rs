@@ -17,7 +17,7 @@ const BATCH: u16 = 16;
 /// Bytes of each.
 const BYTES: usize = 64;
 /// Between two batches: the machine is for others as well.
-const PAUSE: Duration = Duration::from_millis(5);
+const PAUSE: Duration = Duration::from_millis(20);
 /// A backend that gives nothing back for so long is stuck.
 const PATIENCE: Duration = Duration::from_secs(30);
 
