@@ -80,16 +80,38 @@ fn every_drop_reason_is_in_the_readme_with_its_sentence() {
 fn the_readmes_configuration_is_valid_also_with_its_optional_lines() {
     let readme = fs::read_to_string(root().join("README.md")).unwrap();
     let block = readme.split("```toml\n").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
-    // Users and groups of libvirt need not exist on the machine that runs the tests, and a client has no owner.
-    let optional = |line: &str| line.starts_with("# ") && !line.contains("libvirt");
-    let with_all: Vec<_> = block.lines().map(|line| if optional(line) { &line[2..] } else { line }).collect();
-    for text in [block.to_string(), with_all.join("\n")] {
-        let directory = tempfile::tempdir().unwrap();
-        let file = directory.path().join("vmflow.toml");
-        fs::write(&file, &text).unwrap();
-        let vmflow = env!("CARGO_BIN_EXE_vmflow");
-        let output =
-            std::process::Command::new(vmflow).args(["check", "--config"]).arg(&file).output().unwrap();
-        assert!(output.status.success(), "{}\n{text}", String::from_utf8_lossy(&output.stderr));
+    check(block);
+    check(&with_optional_lines(block));
+}
+
+#[test]
+fn the_packages_configuration_is_valid_also_with_its_examples() {
+    let text = fs::read_to_string(root().join("src/dist/vmflow.toml")).unwrap();
+    check(&text);
+    let with_all = with_optional_lines(&text);
+    for line in ["state = ", "[[vm]]", "tap = "] {
+        assert!(with_all.lines().any(|l| l.starts_with(line)), "{line} is no example: {with_all}");
     }
+    check(&with_all);
+}
+
+/// Takes the `#` off the lines that are configuration. Users and groups of libvirt need not exist on the machine
+/// that runs the tests.
+fn with_optional_lines(text: &str) -> String {
+    let is_configuration = |line: &str| line.starts_with('[') || line.contains(" = ");
+    let lines = text.lines().map(|line| match line.strip_prefix("# ") {
+        Some(rest) if is_configuration(rest) && !rest.contains("libvirt") => rest,
+        _ => line,
+    });
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+/// `vmflow check` must find nothing wrong with it.
+fn check(text: &str) {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("vmflow.toml");
+    fs::write(&file, text).unwrap();
+    let vmflow = env!("CARGO_BIN_EXE_vmflow");
+    let output = std::process::Command::new(vmflow).args(["check", "--config"]).arg(&file).output().unwrap();
+    assert!(output.status.success(), "{}\n{text}", String::from_utf8_lossy(&output.stderr));
 }
