@@ -84,12 +84,12 @@ impl Host {
         self.run(&format!("systemctl show --property {property} --value vmflow.service")).trim().to_owned()
     }
 
-    /// The unit's lines of now in the journal, since the last boot.
+    /// The unit's lines in the journal since the last boot.
     pub fn journal(&self) -> String {
         self.run("journalctl --unit vmflow.service --boot --no-pager")
     }
 
-    /// Writes down a VM, named `web1`.
+    /// Writes down the VM, named `web1`.
     pub fn write_vm(&self) {
         self.run(&format!(
             "mkdir -p /etc/vmflow/vms.d; printf '%s\\n' '[[vm]]' 'name = \"web1\"' '[[vm.port]]' 'socket = \"{SOCKET}\"' 'tap = \"vmf-web1\"' \
@@ -115,8 +115,8 @@ impl Host {
         // The tap is another one after a restart: its counters begin anew.
         let tap = self.tap_frames();
         self.run(&format!(
-            "echo {tap} >/run/tap.before; touch /run/go; (/root/steady {SOCKET} /run/go >/run/sent 2>&1; \
-             echo $? >/run/ended) >/dev/null 2>&1 &"
+            "echo {tap} >/run/tap.before; touch /run/go; (/root/steady {SOCKET} /run/go >/run/sent 2>&1 & \
+             echo $! >/run/steady; wait $!; echo $? >/run/ended) >/dev/null 2>&1 &"
         ));
         self.wait_for_frames();
     }
@@ -132,6 +132,11 @@ impl Host {
 
     fn tap_frames(&self) -> u64 {
         self.run("cat /sys/class/net/vmf-web1/statistics/rx_packets").trim().parse().unwrap()
+    }
+
+    /// The front end, whose port has gone, is ended.
+    pub fn kill_front_end(&self) {
+        self.run("kill $(cat /run/steady); until rm /run/ended 2>/dev/null; do sleep 0.1; done");
     }
 
     /// The front end stops sending: gives how many frames it sent, each of which the tap has got.
