@@ -364,7 +364,7 @@ fn describe(port: &Port, config: &config::Port) -> PortDocument {
 
 fn count(port: &Port, config: &config::Port) -> PortStats {
     let [receive, transmit] = port.tally.counted();
-    let both = |value: fn(&Known) -> u64| value(&receive) + value(&transmit);
+    let both = |value: fn(&Known) -> u64| value(&receive).saturating_add(value(&transmit));
     PortStats {
         socket: config.socket.display().to_string(),
         mode: mode(config),

@@ -20,6 +20,9 @@ pub struct Tally {
     known: RefCell<[Known; 2]>,
     /// Connections that were given up before the ledger was made.
     given_up_before: u64,
+    /// What the ledger said of workers that died, and of connections given up. A broken worker can write there.
+    worker_deaths: Counter,
+    given_up: Counter,
     /// Front ends served.
     pub(super) connections: Counter,
     /// Front ends refused: of another user, or because one was connected.
@@ -42,6 +45,12 @@ impl Counter {
     /// One more.
     pub fn count(&self) {
         self.0.set(self.0.get() + 1);
+    }
+
+    /// Takes over what somebody else has counted, but never backwards.
+    fn advance_to(&self, seen: u64) -> u64 {
+        self.0.set(self.0.get().max(seen));
+        self.0.get()
     }
 
     /// How many so far.
@@ -67,6 +76,8 @@ impl Tally {
             refused: Counter::from(counted.refused_connections),
             keeper_deaths: Counter::from(counted.worker_restarts),
             given_up_before: counted.connections_given_up,
+            worker_deaths: Counter::default(),
+            given_up: Counter::default(),
         })
     }
 
@@ -82,13 +93,15 @@ impl Tally {
     /// Workers that died: those that their keepers replaced, and those that died with their keepers.
     #[must_use]
     pub fn worker_restarts(&self) -> u64 {
-        self.ledger.worker_deaths() + self.keeper_deaths.get()
+        let deaths = self.worker_deaths.advance_to(self.ledger.worker_deaths());
+        deaths.saturating_add(self.keeper_deaths.get())
     }
 
     /// Connections that keepers gave up because one worker after the other died.
     #[must_use]
     pub fn connections_given_up(&self) -> u64 {
-        self.given_up_before + self.ledger.connections_given_up()
+        let given_up = self.given_up.advance_to(self.ledger.connections_given_up());
+        given_up.saturating_add(self.given_up_before)
     }
 
     /// Keeper and worker are gone: what they left unfinished is counted, since no ring goes on.
