@@ -167,9 +167,12 @@ impl Log {
 }
 
 /// A configuration in the making.
+#[derive(Clone)]
 pub struct Setup {
     pub directory: Arc<TempDir>,
     text: String,
+    /// The command that starts vmflow, if there is one before it.
+    before: Vec<String>,
 }
 
 impl Setup {
@@ -181,7 +184,13 @@ impl Setup {
         let at = directory.path().display();
         let text =
             format!("[daemon]\ncontrol = \"{at}/control.sock\"\nstate = \"{at}/state\"\nnode = \"test\"\n");
-        Self { directory, text }
+        Self { directory, text, before: Vec::new() }
+    }
+
+    /// Has another command start vmflow: it must become vmflow, so that its process is vmflow's.
+    pub fn started_by(mut self, command: &[String]) -> Self {
+        self.before = command.to_vec();
+        self
     }
 
     /// Adds lines as they are.
@@ -221,8 +230,14 @@ impl Setup {
 
 impl Vmflow {
     fn start(setup: &Setup) -> Self {
-        let mut command = Command::new(VMFLOW);
-        command.arg("serve").arg("--config").arg(setup.file()).env("VMFLOW_LOG", "vmflow=debug");
+        let words: Vec<_> = setup.before.iter().map(String::as_str).chain([VMFLOW]).collect();
+        let mut command = Command::new(words[0]);
+        command
+            .args(&words[1..])
+            .arg("serve")
+            .arg("--config")
+            .arg(setup.file())
+            .env("VMFLOW_LOG", "vmflow=debug");
         Self::start_as(command, &setup.directory)
     }
 

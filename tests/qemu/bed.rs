@@ -20,7 +20,8 @@ pub const SERVER: &str = "198.51.100.1";
 pub const IPERF_PORT: u16 = 5201;
 /// The address of every guest.
 pub const GUEST: &str = "10.0.0.2";
-const GATEWAY: &str = "10.0.0.1";
+/// Their gateway: the tap.
+pub const GATEWAY: &str = "10.0.0.1";
 const MIB: u64 = 1 << 20;
 
 /// One bed at a time: the machine may have two cores only.
@@ -72,12 +73,14 @@ pub struct Vm {
     pub own: &'static str,
     /// Lines of its port.
     pub port: &'static str,
+    /// It has a network and nothing more: what vmflow is told about it is not the bed's.
+    pub network_only: bool,
 }
 
 /// A VM with nothing special.
-pub const WEB1: Vm = Vm { name: "web1", own: "", port: "" };
+pub const WEB1: Vm = Vm { name: "web1", own: "", port: "", network_only: false };
 /// Another one.
-pub const WEB2: Vm = Vm { name: "web2", own: "", port: "" };
+pub const WEB2: Vm = Vm { name: "web2", ..WEB1 };
 
 /// Network, vmflow and servers; guests end with it.
 pub struct Bed {
@@ -91,12 +94,19 @@ pub struct Bed {
 
 impl Bed {
     pub fn new(vms: &[Vm]) -> Self {
+        let bed = Self::without_vmflow(vms);
+        bed.start_vmflow();
+        bed
+    }
+
+    /// Everything but vmflow, which is to be started.
+    pub fn without_vmflow(vms: &[Vm]) -> Self {
         assert!(rustix::process::geteuid().is_root(), "the tests with guests must run as root");
         let turn = take_turn();
         let prefix = unique("vq").replace('-', "_");
         must(script("net-up").arg(&prefix).args(vms.iter().map(|vm| vm.name)));
         let mut setup = Setup::new();
-        for Vm { name, own, port } in vms {
+        for Vm { name, own, port, .. } in vms.iter().filter(|vm| !vm.network_only) {
             let socket = setup.socket(name).display().to_string();
             setup = setup.with(&format!(
                 "[[vm]]\nname = \"{name}\"\n{own}\n[[vm.port]]\nsocket = \"{socket}\"\n\
@@ -104,16 +114,29 @@ impl Bed {
             ));
         }
         let (vmflow, servers) = (RefCell::default(), RefCell::default());
-        let bed = Self { prefix, vms: vms.to_vec(), setup, vmflow, servers, _turn: turn };
-        bed.start_vmflow();
-        bed
+        Self { prefix, vms: vms.to_vec(), setup, vmflow, servers, _turn: turn }
+    }
+
+    /// Says more about the vmflow that is to be started.
+    pub fn configure(&mut self, more: impl FnOnce(Setup) -> Setup) {
+        self.setup = more(self.setup.clone());
     }
 
     pub fn start_vmflow(&self) {
         *self.vmflow.borrow_mut() = Some(self.setup.start());
-        for vm in &self.vms {
-            must(script("net-up").args(["--tap", &self.prefix, vm.name, &format!("vmf-{}", vm.name)]));
+        for vm in self.vms.iter().filter(|vm| !vm.network_only) {
+            self.bring_up_tap(vm.name);
         }
+    }
+
+    /// Waits for a VM's tap and makes it the VM's gateway.
+    pub fn bring_up_tap(&self, vm: &str) {
+        must(script("net-up").args(["--tap", &self.prefix, vm, &format!("vmf-{vm}")]));
+    }
+
+    /// The network namespace of a VM.
+    pub fn netns(&self, vm: &str) -> String {
+        format!("{}-{vm}", self.prefix)
     }
 
     pub fn stop_vmflow(&self) {
@@ -199,6 +222,11 @@ impl Bed {
         Witness::parse(&must(self.inside(vm, "cat").args(names)))
     }
 
+    /// A guest's folder, see `run-guest`.
+    pub fn guest(&self, vm: &str) -> PathBuf {
+        self.guests().join(vm)
+    }
+
     fn guests(&self) -> PathBuf {
         self.file("guests")
     }
@@ -251,6 +279,14 @@ impl<'b> Guest<'b> {
             }
         });
         names.map(|name| Self { bed, name })
+    }
+
+    /// Takes over a guest that something else has started, as this process; waits until it answers.
+    pub fn adopt(bed: &'b Bed, name: &'b str, qemu: &str) -> Self {
+        let guest = Self { bed, name };
+        must(&mut guest.command(&["adopt", qemu]));
+        bed.vmflow().wait_connected(name, true);
+        guest
     }
 
     fn command_to_start(bed: &Bed, name: &str, options: &[&str]) -> Command {

@@ -15,6 +15,7 @@ mod debian;
 mod front_ends;
 mod host;
 mod labels;
+mod libvirt;
 mod package;
 mod restarts;
 mod service;
