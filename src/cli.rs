@@ -3,6 +3,7 @@
 //! Every error is one line: `vmflow: where: what: what to do`. Exit code 2 means that the command or the
 //! configuration is wrong, 1 that something else went wrong.
 
+mod generate;
 mod state;
 
 use std::{
@@ -13,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use clap::{Args, Parser, Subcommand, error::ErrorKind};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueHint, error::ErrorKind};
 use uuid::Uuid;
 
 use crate::{
@@ -59,6 +60,8 @@ pub enum Command {
     },
     /// Be a port's keeper: the monitor starts these.
     Keeper(Box<Brief>),
+    /// Write man pages and completions below this directory.
+    Generate(PathBuf),
 }
 
 /// Why the command did not do what it should.
@@ -95,6 +98,9 @@ pub enum CliError {
         /// What the kernel said.
         reason: io::Error,
     },
+    /// A generated file could not be written.
+    #[error("{0}")]
+    Generate(io::Error),
     /// The monitor, or a keeper, cannot run.
     #[error("{0:#}")]
     Run(#[from] anyhow::Error),
@@ -122,7 +128,8 @@ impl CliError {
             | Self::Foreign { .. }
             | Self::File { .. }
             | Self::Run(_)
-            | Self::Said => Self::OTHER,
+            | Self::Said
+            | Self::Generate(_) => Self::OTHER,
         }
     }
 
@@ -146,7 +153,7 @@ struct LowArgs {
     command: LowCommand,
     /// The monitor's socket; serve and check take it from the configuration otherwise
     /// [default: /run/vmflow/control.sock]
-    #[arg(long, global = true, value_name = "PATH")]
+    #[arg(long, global = true, value_name = "PATH", value_hint = ValueHint::FilePath)]
     control: Option<String>,
 }
 
@@ -157,7 +164,7 @@ enum LowCommand {
     /// Explain what is wrong with the configuration; changes nothing
     Check {
         /// The main file; vms.d beside it is read as well
-        #[arg(long, value_name = "FILE", default_value = DEFAULT_FILE)]
+        #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, default_value = DEFAULT_FILE)]
         config: PathBuf,
     },
     /// List the VMs, their labels and ports
@@ -197,7 +204,7 @@ enum LowCommand {
         #[arg(value_name = "KEY=VALUE,...", required_unless_present = "file")]
         vm: Vec<String>,
         /// The VM as in a file in vms.d
-        #[arg(long, value_name = "FILE", conflicts_with = "vm")]
+        #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, conflicts_with = "vm")]
         file: Option<PathBuf>,
     },
     /// Remove a VM that was added, and retire its label
@@ -237,19 +244,26 @@ enum LowCommand {
         /// The port, as the monitor describes it
         brief: String,
     },
+    /// Write man pages and shell completions, for packages
+    #[command(hide = true)]
+    Generate {
+        /// The directory that stands for /usr/share
+        #[arg(value_name = "DIR")]
+        share: PathBuf,
+    },
 }
 
 #[derive(Debug, Args)]
 struct LowServe {
     /// The main file; vms.d beside it is read as well [default: /etc/vmflow/vmflow.toml without --vm]
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     config: Option<PathBuf>,
     /// A VM: name=NAME,socket=PATH,tap=IFNAME and, if wanted, label, uuid, mac, mtu, mode, netns and peer;
     /// the same name again is another port
     #[arg(long = "vm", value_name = "KEY=VALUE,...")]
     vms: Vec<String>,
     /// The directory for what outlives the process
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     state: Option<String>,
     /// What becomes of frames under a suspect label
     #[arg(long, value_name = "count|drop")]
@@ -339,6 +353,7 @@ impl LowArgs {
                 let brief = serde_json::from_str(&brief);
                 Command::Keeper(Box::new(brief.map_err(|error| CliError::Usage(error.to_string()))?))
             }
+            LowCommand::Generate { share } => Command::Generate(share),
         })
     }
 }
@@ -385,6 +400,9 @@ pub fn run(command: Command) -> Result<(), CliError> {
         Command::Ask { control, action } => ask(&control, &action),
         Command::State { place, command } => state::run(&place, command),
         Command::Keeper(brief) => keeper::run(*brief).then_some(()).ok_or(CliError::Said),
+        Command::Generate(share) => {
+            generate::write_all(&LowArgs::command(), &share).map_err(CliError::Generate)
+        }
     }
 }
 
