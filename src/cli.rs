@@ -18,7 +18,10 @@ use clap::{Args, CommandFactory, Parser, Subcommand, ValueHint, error::ErrorKind
 use uuid::Uuid;
 
 use crate::{
-    client::{self, Action, ClientError},
+    client::{
+        self, Action, ClientError,
+        libvirt::{self, Event, HookError},
+    },
     config::{self, Config, DEFAULT_CONTROL, DEFAULT_FILE, Described, Faults, Origins, Vm},
     keeper::{self, brief::Brief},
     log::{self, Directive, Format},
@@ -62,6 +65,13 @@ pub enum Command {
     Keeper(Box<Brief>),
     /// Write man pages and completions below this directory.
     Generate(PathBuf),
+    /// Be libvirt's hook.
+    Libvirt {
+        /// The monitor's socket.
+        control: PathBuf,
+        /// What libvirt says; the domain's XML comes on standard input.
+        event: Event,
+    },
 }
 
 /// Why the command did not do what it should.
@@ -98,6 +108,12 @@ pub enum CliError {
         /// What the kernel said.
         reason: io::Error,
     },
+    /// There is nothing to read.
+    #[error("standard input: {0}")]
+    Input(io::Error),
+    /// A domain is not to start, or has not been removed.
+    #[error(transparent)]
+    Hook(#[from] HookError),
     /// A generated file could not be written.
     #[error("{0}")]
     Generate(io::Error),
@@ -129,7 +145,9 @@ impl CliError {
             | Self::File { .. }
             | Self::Run(_)
             | Self::Said
-            | Self::Generate(_) => Self::OTHER,
+            | Self::Generate(_)
+            | Self::Input(_)
+            | Self::Hook(_) => Self::OTHER,
         }
     }
 
@@ -244,6 +262,18 @@ enum LowCommand {
         /// The port, as the monitor describes it
         brief: String,
     },
+    /// Be libvirt's hook for domains; the domain's XML comes on standard input
+    #[command(hide = true)]
+    LibvirtHook {
+        /// The domain's name
+        domain: String,
+        /// What happens to it
+        operation: String,
+        /// begin or end
+        phase: String,
+        /// What libvirt may say besides
+        more: Vec<String>,
+    },
     /// Write man pages and shell completions, for packages
     #[command(hide = true)]
     Generate {
@@ -353,6 +383,9 @@ impl LowArgs {
                 let brief = serde_json::from_str(&brief);
                 Command::Keeper(Box::new(brief.map_err(|error| CliError::Usage(error.to_string()))?))
             }
+            LowCommand::LibvirtHook { domain, operation, phase, more: _ } => {
+                Command::Libvirt { control, event: Event { domain, operation, phase } }
+            }
             LowCommand::Generate { share } => Command::Generate(share),
         })
     }
@@ -400,17 +433,34 @@ pub fn run(command: Command) -> Result<(), CliError> {
         Command::Ask { control, action } => ask(&control, &action),
         Command::State { place, command } => state::run(&place, command),
         Command::Keeper(brief) => keeper::run(*brief).then_some(()).ok_or(CliError::Said),
+        Command::Libvirt { control, event } => hook(&control, &event),
         Command::Generate(share) => {
             generate::write_all(&LowArgs::command(), &share).map_err(CliError::Generate)
         }
     }
 }
 
+/// A failure is only told where it must not stand in a domain's way.
+fn hook(control: &Path, event: &Event) -> Result<(), CliError> {
+    let xml = io::read_to_string(io::stdin()).map_err(CliError::Input)?;
+    let done = runtime()?.block_on(libvirt::obey(control, event, &xml)).map_err(CliError::Hook);
+    match done {
+        Err(error) if !event.can_be_refused() => {
+            error.lines().iter().for_each(|line| eprintln!("{line}"));
+            Ok(())
+        }
+        done => done,
+    }
+}
+
+fn runtime() -> io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()
+}
+
 fn ask(control: &Path, action: &Action) -> Result<(), CliError> {
     let mut out = io::stdout().lock();
     let is_terminal = out.is_terminal();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    Ok(runtime.block_on(client::run(control, action, &mut out, is_terminal))?)
+    Ok(runtime()?.block_on(client::run(control, action, &mut out, is_terminal))?)
 }
 
 /// What a valid configuration comes to.

@@ -13,7 +13,7 @@ use tempfile::TempDir;
 
 const VMFLOW: &str = env!("CARGO_BIN_EXE_vmflow");
 /// Commands that are not for people.
-const HIDDEN: [&str; 2] = ["keeper", "generate"];
+const HIDDEN: [&str; 3] = ["keeper", "libvirt-hook", "generate"];
 
 /// Everything that is generated.
 fn generated() -> TempDir {

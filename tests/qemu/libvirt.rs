@@ -7,16 +7,20 @@
 use std::{
     fs,
     os::unix::fs::{MetadataExt, PermissionsExt},
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
 };
 
 use tempfile::TempDir;
 
-use crate::bed::{Bed, GATEWAY, GUEST, Guest, IPERF_PORT, Seen, Vm, WEB1, must, settle};
+use crate::{
+    bed::{Bed, GATEWAY, GUEST, Guest, IPERF_PORT, Seen, Vm, WEB1, must, settle},
+    harness::VMFLOW,
+};
 
 /// Becomes libvirtd, with everything that it writes in the directory `$0` or gone with the namespace. `$1` is Debian's
-/// number for libvirt-qemu, which need not exist on a machine that runs tests.
+/// number for libvirt-qemu, which need not exist on a machine that runs tests; `$2` is the hook, `$3` vmflow and `$4`
+/// its control socket.
 const PRIVATE_LIBVIRTD: &str = r#"
 set -e
 mount --make-rprivate /
@@ -48,12 +52,17 @@ cat >"$0/libvirtd.conf" <<CONF
 unix_sock_rw_perms = "0700"
 auth_unix_rw = "none"
 CONF
+install -D -m 755 "$2" /etc/libvirt/hooks/qemu.d/50-vmflow
+ln -s "$3" "$0/bin/vmflow"
+ln -s "$4" /run/vmflow/control.sock
 # It asks every emulator that it finds what it can do, and loads every driver: one of each is enough.
 ln -s "$(command -v qemu-system-x86_64)" "$0/bin/"
 ln -s /usr/lib/*/libvirt/connection-driver/libvirt_driver_qemu.so "$0/drivers/"
 export LIBVIRT_DRIVER_DIR="$0/drivers" PATH="$0/bin:/usr/sbin:/sbin"
 exec /usr/sbin/libvirtd -f "$0/libvirtd.conf"
 "#;
+/// How long libvirt may take for a request: it waits for QEMU without a limit, and QEMU for vmflow.
+const VIRSH_SECONDS: &str = "60";
 /// Debian's number for the user libvirt-qemu.
 const QEMU_UID: u32 = 64055;
 /// The domain of `src/dist/libvirt`.
@@ -73,7 +82,8 @@ impl Libvirt {
         let log = fs::File::create(directory.path().join("libvirtd.log")).unwrap();
         let mut command = bed.inside("srv", "unshare");
         command.args(["--mount", "sh", "-c", PRIVATE_LIBVIRTD]).arg(directory.path());
-        command.arg(QEMU_UID.to_string()).stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
+        command.arg(QEMU_UID.to_string()).arg(shipped("qemu-hook")).arg(VMFLOW).arg(bed.file("control.sock"));
+        command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
         let mut libvirt = Self { daemon: command.spawn().unwrap(), directory };
         settle("libvirtd", || {
             if let Some(status) = libvirt.daemon.try_wait().unwrap() {
@@ -91,8 +101,10 @@ impl Libvirt {
 
     fn virsh(&self, arguments: &[&str]) -> Output {
         let socket = self.directory.path().join("libvirt/libvirt-sock");
-        let mut command = Command::new("virsh");
-        command.arg("--connect").arg(format!("qemu:///system?socket={}", socket.display()));
+        let mut command = Command::new("timeout");
+        command
+            .args([VIRSH_SECONDS, "virsh", "--connect"])
+            .arg(format!("qemu:///system?socket={}", socket.display()));
         command.args(arguments).stdin(Stdio::null()).output().unwrap()
     }
 
@@ -101,6 +113,13 @@ impl Libvirt {
         let output = self.virsh(arguments);
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "virsh {arguments:?}: {said}\n{}", self.log());
+    }
+
+    /// A subcommand of virsh that must fail; gives what it says.
+    fn refuses(&self, arguments: &[&str]) -> String {
+        let output = self.virsh(arguments);
+        assert!(!output.status.success(), "virsh {arguments:?} did not fail");
+        String::from_utf8_lossy(&output.stderr).into_owned()
     }
 
     /// The words before a command that is to see what libvirtd sees.
@@ -140,7 +159,7 @@ struct Domain(String);
 impl Domain {
     /// As it is shipped, which must be valid.
     fn shipped(name: &str) -> Self {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/dist/libvirt").join(name);
+        let path = shipped(name);
         validate(&path);
         Self(fs::read_to_string(&path).unwrap())
     }
@@ -173,6 +192,18 @@ impl Domain {
     fn configuration(&self) -> String {
         let lines = self.between("vmflow.toml:\n", "\n\n  libvirt-qemu is").lines();
         lines.map(str::trim).collect::<Vec<_>>().join("\n")
+    }
+
+    /// Is for a VM that is in vmflow.toml.
+    fn without_hook(&mut self) {
+        self.0 = self.0.replace("<target dev='vmf-web1'/>", "");
+    }
+
+    /// Is for a VM that the hook adds.
+    fn for_hook(&mut self, bed: &Bed) {
+        let metadata = self.between("that has this socket.\n", "-->").to_owned();
+        self.put("<!-- Only the hook reads this: keys", "-->", &metadata);
+        self.put("bridge='br0'", "'br0'", &format!("netns='{}'", bed.netns(DOMAIN)));
     }
 
     /// Has the guest of `setup` instead of a disk, on QEMU 7.2 without KVM.
@@ -208,27 +239,38 @@ fn copy_of(name: &str, bed: &Bed) -> String {
     to.display().to_string()
 }
 
+fn shipped(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("src/dist/libvirt").join(name)
+}
+
 fn validate(file: &Path) {
     must(Command::new("virt-xml-validate").arg(file).arg("domain"));
+}
+
+/// A bed with the network of the domain's VM, a libvirtd in it, and vmflow, which is told this.
+fn bed_with_libvirt(configuration: impl FnOnce(&Bed) -> String) -> (Bed, Libvirt) {
+    let mut bed = Bed::without_vmflow(&[Vm { network_only: true, ..WEB1 }]);
+    let libvirt = Libvirt::start(&bed);
+    let configuration = configuration(&bed);
+    bed.configure(|setup| setup.with(&configuration).started_by(&libvirt.enter()));
+    bed.start_vmflow();
+    bed.serve_iperf(IPERF_PORT);
+    (bed, libvirt)
 }
 
 /// A shipped domain is valid and starts, with the lines for vmflow that it shows; all counts agree; and when it is
 /// destroyed nobody is connected any more.
 fn starts(name: &str) {
-    let mut bed = Bed::without_vmflow(&[Vm { network_only: true, ..WEB1 }]);
     let mut domain = Domain::shipped(name);
-    let configuration = format!("{}\nnetns = \"{}\"", domain.configuration(), bed.netns(DOMAIN));
-    domain.for_test_guest(&bed);
-    let libvirt = Libvirt::start(&bed);
-    bed.configure(|setup| setup.with(&configuration).started_by(&libvirt.enter()));
-    bed.start_vmflow();
+    let configuration = domain.configuration();
+    let (bed, libvirt) =
+        bed_with_libvirt(|bed| format!("{configuration}\nnetns = \"{}\"", bed.netns(DOMAIN)));
     bed.bring_up_tap(DOMAIN);
-    bed.serve_iperf(IPERF_PORT);
-
+    domain.without_hook();
+    domain.for_test_guest(&bed);
     libvirt.must(&["create", &domain.file(&bed)]);
-    let qemu = libvirt.qemu();
-    assert_eq!(owner(&qemu), QEMU_UID, "QEMU's user");
-    let seen = Guest::adopt(&bed, DOMAIN, &qemu).talk_and_agree(&Seen::default());
+    assert_eq!(owner(&libvirt.qemu()), QEMU_UID, "QEMU's user");
+    let seen = Guest::adopt(&bed, DOMAIN, &libvirt.qemu()).talk_and_agree(&Seen::default());
     assert_eq!(seen.dropped(), 0, "dropped: {seen:?}");
 
     libvirt.must(&["destroy", DOMAIN]);
@@ -249,4 +291,56 @@ fn a_domain_that_connects_is_valid_and_works() {
 #[test]
 fn a_domain_that_listens_is_valid_and_works() {
     starts("qemu-listens.xml");
+}
+
+#[test]
+fn the_hook_adds_a_domain_and_removes_it_and_its_label_stays() {
+    let (bed, libvirt) = bed_with_libvirt(|_| String::new());
+    let mut domain = Domain::shipped("qemu-connects.xml");
+    domain.for_hook(&bed);
+    domain.for_test_guest(&bed);
+    let file = domain.file(&bed);
+    let vms = || bed.vmflow().stats().vms;
+    assert!(vms().is_empty());
+
+    libvirt.must(&["create", &file]);
+    bed.bring_up_tap(DOMAIN);
+    Guest::adopt(&bed, DOMAIN, &libvirt.qemu()).talk_and_agree(&Seen::default());
+    let [vm] = &vms()[..] else { panic!("{:?}", vms()) };
+    let uuid = domain.between("<uuid>", "</uuid>");
+    assert_eq!((vm.name.as_str(), vm.uuid.map(|uuid| uuid.to_string()).as_deref()), (DOMAIN, Some(uuid)));
+    libvirt.must(&["destroy", DOMAIN]);
+    settle("the VM's removal", || if vms().is_empty() { Ok(()) } else { Err(format!("{:?}", vms())) });
+
+    libvirt.must(&["create", &file]);
+    let [again] = &vms()[..] else { panic!("{:?}", vms()) };
+    assert_eq!(again.label, vm.label, "the label of the same UUID");
+    libvirt.must(&["destroy", DOMAIN]);
+}
+
+#[test]
+fn a_domain_that_cannot_be_added_does_not_start_and_one_that_cannot_be_removed_ends() {
+    let (bed, libvirt) = bed_with_libvirt(|_| String::new());
+    let mut domain = Domain::shipped("qemu-connects.xml");
+    domain.for_hook(&bed);
+    domain.for_test_guest(&bed);
+    let good = domain.0.clone();
+
+    domain.put("<target dev='vmf-web1'/>", ">", "");
+    let said = libvirt.refuses(&["create", &domain.file(&bed)]);
+    let line = "vmflow: domain \"web1\": its interface at \"/run/vmflow/web1/net0.sock\" has no tap: \
+                add <target dev='TAP'/>, or the VM to vmflow.toml";
+    assert!(said.contains(line), "{said}");
+    domain.0 = good.replace("netns='", "nets='");
+    let said = libvirt.refuses(&["create", &domain.file(&bed)]);
+    assert!(said.contains("unknown key \"nets\": did you mean \"netns\"?"), "{said}");
+    assert_eq!(libvirt.domains(), "");
+
+    domain.0 = good;
+    libvirt.must(&["create", &domain.file(&bed)]);
+    bed.stop_vmflow();
+    libvirt.must(&["destroy", DOMAIN]);
+    assert_eq!(libvirt.domains(), "");
+    let said = libvirt.refuses(&["create", &domain.file(&bed)]);
+    assert!(said.contains("is `vmflow serve` running"), "{said}");
 }
