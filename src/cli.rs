@@ -20,6 +20,7 @@ use uuid::Uuid;
 use crate::{
     client::{
         self, Action, ClientError,
+        doctor::{self, Doctor},
         libvirt::{self, Event, HookError},
     },
     config::{self, Config, DEFAULT_CONTROL, DEFAULT_FILE, Described, Faults, Origins, Vm},
@@ -65,6 +66,8 @@ pub enum Command {
     Keeper(Box<Brief>),
     /// Write man pages and completions below this directory.
     Generate(PathBuf),
+    /// Say what is wrong with this host.
+    Doctor(Doctor),
     /// Be libvirt's hook.
     Libvirt {
         /// The monitor's socket.
@@ -120,7 +123,7 @@ pub enum CliError {
     /// The monitor, or a keeper, cannot run.
     #[error("{0:#}")]
     Run(#[from] anyhow::Error),
-    /// A keeper failed, and its log says why.
+    /// A keeper failed, and its log says why; or the doctor has said what it has found.
     #[error("see the log")]
     Said,
 }
@@ -256,6 +259,15 @@ enum LowCommand {
         /// off, error, warn, info, debug or trace; or those of modules, as in vmflow=info,vhost=debug
         level: Option<Directive>,
     },
+    /// Say what is wrong with this host, a line for each thing that was looked at; changes nothing
+    Doctor {
+        /// The main file; vms.d beside it is read as well [default: /etc/vmflow/vmflow.toml]
+        #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+        config: Option<PathBuf>,
+        /// Print one document
+        #[arg(long)]
+        json: bool,
+    },
     /// Hold one front end's connection
     #[command(hide = true)]
     Keeper {
@@ -371,6 +383,9 @@ impl LowArgs {
                 let which = uuid.map_or_else(|| name(vm), |uuid| Ok(Which::Uuid(uuid)))?;
                 Command::Ask { control, action: Action::Remove(which) }
             }
+            LowCommand::Doctor { config, json } => {
+                Command::Doctor(Doctor { file: config, control: written, json })
+            }
             LowCommand::Reload => Command::Ask { control, action: Action::Reload },
             LowCommand::Health { json } => Command::Ask { control, action: Action::Health { json } },
             LowCommand::Version { json } => Command::Ask { control, action: Action::Version { json } },
@@ -433,6 +448,10 @@ pub fn run(command: Command) -> Result<(), CliError> {
         Command::Ask { control, action } => ask(&control, &action),
         Command::State { place, command } => state::run(&place, command),
         Command::Keeper(brief) => keeper::run(*brief).then_some(()).ok_or(CliError::Said),
+        Command::Doctor(doctor) => {
+            let is_well = runtime()?.block_on(doctor::run(&doctor, &mut io::stdout().lock()))?;
+            is_well.then_some(()).ok_or(CliError::Said)
+        }
         Command::Libvirt { control, event } => hook(&control, &event),
         Command::Generate(share) => {
             generate::write_all(&LowArgs::command(), &share).map_err(CliError::Generate)

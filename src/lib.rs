@@ -38,7 +38,7 @@
 //! | [`wire`] | what a frame's bytes say: pure functions |
 //! | [`policy`] | what a worker is told to do, and how it reaches it |
 //! | [`ledger`] | what was counted |
-//! | [`client`] | what the other subcommands show |
+//! | [`client`] | what the other subcommands show; [`client::doctor`] what is wrong with a host, [`client::libvirt`] libvirt's hook |
 //!
 //! # What holds everywhere
 //!

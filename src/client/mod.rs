@@ -4,6 +4,7 @@
 //! it, which is all that looking needs.
 
 mod change;
+pub mod doctor;
 pub mod libvirt;
 mod operate;
 mod state;

@@ -50,8 +50,9 @@ fn step(what: &'static str, done: Result<(), Errno>) -> Result<(), DoorError> {
     done.map_err(|why| DoorError { what, why })
 }
 
+/// New and empty namespaces for this thread.
 #[expect(unsafe_code, reason = "unshare is marked unsafe for its effect on descriptor tables")]
-fn new_namespaces() -> Result<(), Errno> {
+pub(crate) fn new_namespaces() -> Result<(), Errno> {
     let flags = UnshareFlags::NEWNET | UnshareFlags::NEWNS | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS;
     // SAFETY: the descriptor table is not among the flags, so no descriptor changes its meaning.
     unsafe { rustix::thread::unshare_unsafe(flags) }

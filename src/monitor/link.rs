@@ -13,9 +13,12 @@ use std::{
 use futures_util::TryStreamExt;
 use rtnetlink::{
     Handle, LinkMessageBuilder, LinkUnspec,
-    packet_route::link::{LinkAttribute, LinkMessage},
+    packet_route::link::{LinkAttribute, LinkFlags, LinkMessage},
 };
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+/// The MTU of an interface that says none, in bytes.
+const DEFAULT_MTU: u32 = 1500;
 
 /// What is wanted of an interface.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -68,6 +71,57 @@ pub fn check(wanted: &Wanted) -> Result<(), LinkError> {
     inside(wanted.netns.as_deref(), async |handle| get(&handle, bridge).await.map(drop))
 }
 
+/// An interface as it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Link {
+    /// It is switched on.
+    pub is_up: bool,
+    /// Its MTU in bytes.
+    pub mtu: u32,
+    /// The bridge that it is a port of, and that one's MTU in bytes.
+    pub bridge: Option<(String, u32)>,
+}
+
+/// Looks at an interface.
+///
+/// # Errors
+/// [`LinkError`] where there is none of that name.
+pub fn look(name: &str, netns: Option<&Path>) -> Result<Link, LinkError> {
+    inside(netns, async |handle| {
+        let link = get(&handle, name).await?;
+        let controller = link.attributes.iter().find_map(|attribute| match attribute {
+            LinkAttribute::Controller(index) => Some(*index),
+            _ => None,
+        });
+        let bridge = match controller {
+            Some(index) => by_index(&handle, index).await.map(|bridge| (name_of(&bridge), mtu_of(&bridge))),
+            None => None,
+        };
+        Ok(Link { is_up: link.header.flags.contains(LinkFlags::Up), mtu: mtu_of(&link), bridge })
+    })
+}
+
+async fn by_index(handle: &Handle, index: u32) -> Option<LinkMessage> {
+    let mut links = std::pin::pin!(handle.link().get().match_index(index).execute());
+    links.try_next().await.ok().flatten()
+}
+
+fn name_of(link: &LinkMessage) -> String {
+    let name = link.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::IfName(name) => Some(name.clone()),
+        _ => None,
+    });
+    name.unwrap_or_default()
+}
+
+fn mtu_of(link: &LinkMessage) -> u32 {
+    let mtu = link.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::Mtu(mtu) => Some(*mtu),
+        _ => None,
+    });
+    mtu.unwrap_or(DEFAULT_MTU)
+}
+
 /// Moves, sets up and switches on.
 ///
 /// # Errors
@@ -98,11 +152,7 @@ pub fn configure(wanted: &Wanted) -> Result<Found, LinkError> {
         }
         set(&handle, unspec(&wanted.name).up().build(), wanted, "set it up").await?;
         let link = get(&handle, &wanted.name).await?;
-        let mtu = link.attributes.iter().find_map(|a| match a {
-            LinkAttribute::Mtu(mtu) => Some(*mtu),
-            _ => None,
-        });
-        Ok(Found { mtu: mtu.map_or(1500, |mtu| u16::try_from(mtu).unwrap_or(u16::MAX)) })
+        Ok(Found { mtu: u16::try_from(mtu_of(&link)).unwrap_or(u16::MAX) })
     })
 }
 

@@ -19,6 +19,7 @@ mod wire;
 
 mod content;
 mod deaths;
+mod doctor;
 mod ending;
 mod numbers;
 mod offload;

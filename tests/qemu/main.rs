@@ -12,6 +12,7 @@ mod harness;
 
 mod bed;
 mod debian;
+mod doctor;
 mod front_ends;
 mod host;
 mod labels;
