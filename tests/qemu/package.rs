@@ -11,6 +11,13 @@ fn an_upgrade_touches_no_port_and_a_purge_leaves_nothing() {
     install(old);
     assert_eq!([host.unit("ActiveState"), host.unit("UnitFileState")], ["active", "enabled"]);
     assert!(host.run("vmflow check").contains("OK: 1 VM, 1 port"));
+    // Debian's smallest installation leaves documentation out; what the package holds, its list says.
+    let holds = host.run(&format!("dpkg-deb --contents /root/vmflow_{old}_amd64.deb"));
+    for file in
+        ["man8/vmflow.8.gz", "man5/vmflow.toml.5.gz", "bash-completion/completions/vmflow", "qemu-hook"]
+    {
+        assert!(holds.contains(file), "no {file} in the package:\n{holds}");
+    }
     let (monitor, label) = (host.unit("MainPID"), host.label());
     let is_old = || host.outcome(&format!("readlink /proc/{monitor}/exe | grep -q deleted")).0 == Some(0);
     assert!(!is_old());
