@@ -3,12 +3,13 @@
 //! Every error is one line: `vmflow: where: what: what to do`. Exit code 2 means that the command or the
 //! configuration is wrong, 1 that something else went wrong.
 
+mod check;
 mod generate;
 mod state;
 
 use std::{
     ffi::OsString,
-    io::{self, IsTerminal, Write},
+    io::{self, IsTerminal},
     num::NonZeroU32,
     path::{Path, PathBuf},
     time::Duration,
@@ -23,7 +24,7 @@ use crate::{
         doctor::{self, Doctor},
         libvirt::{self, Event, HookError},
     },
-    config::{self, Config, DEFAULT_CONTROL, DEFAULT_FILE, Described, Faults, Origins, Vm},
+    config::{self, Config, DEFAULT_CONTROL, DEFAULT_FILE, Described, Faults, Origins},
     keeper::{self, brief::Brief},
     log::{self, Directive, Format},
     monitor::{self, api::Which, change::ChangeError, state::StateError},
@@ -440,7 +441,7 @@ pub fn run(command: Command) -> Result<(), CliError> {
     };
     log::init(log_format).map_err(|error| CliError::Usage(error.to_string()))?;
     match command {
-        Command::Check(origins) => check(&Config::load(&origins)?, &mut io::stdout().lock()),
+        Command::Check(origins) => check::tell(&Config::load(&origins)?, &mut io::stdout().lock()),
         Command::Serve { origins, forget_totals, .. } => {
             let config = Config::load(&origins)?;
             Ok(monitor::run(origins, &config, forget_totals)?)
@@ -480,33 +481,6 @@ fn ask(control: &Path, action: &Action) -> Result<(), CliError> {
     let mut out = io::stdout().lock();
     let is_terminal = out.is_terminal();
     Ok(runtime()?.block_on(client::run(control, action, &mut out, is_terminal))?)
-}
-
-/// What a valid configuration comes to.
-fn check(config: &Config, out: &mut impl Write) -> Result<(), CliError> {
-    for vm in &config.vms {
-        writeln!(out, "{}", summary(vm))?;
-    }
-    let ports = config.vms.iter().map(|vm| vm.ports.len()).sum();
-    let pinned = config.vms.iter().filter(|vm| vm.label.is_some()).count();
-    writeln!(
-        out,
-        "OK: {}, {}, {} pinned",
-        count(config.vms.len(), "VM"),
-        count(ports, "port"),
-        count(pinned, "label")
-    )?;
-    Ok(out.flush()?)
-}
-
-fn summary(vm: &Vm) -> String {
-    let label = vm.label.map_or("label not pinned".to_owned(), |label| format!("label {label}"));
-    let ports: Vec<_> = vm.ports.iter().map(|p| format!("{} at {}", p.tap, p.socket.display())).collect();
-    format!("{}: {label}, {}", vm.name, ports.join(", "))
-}
-
-fn count(number: usize, what: &str) -> String {
-    format!("{number} {what}{}", if number == 1 { "" } else { "s" })
 }
 
 #[cfg(test)]

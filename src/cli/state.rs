@@ -9,7 +9,7 @@ use std::{
 
 use clap::{Args, Subcommand};
 
-use super::{CliError, count, vm_name};
+use super::{CliError, check::count, vm_name};
 use crate::{
     client::Client,
     monitor::state::{State, export_directory, import_directory},
