@@ -1,6 +1,6 @@
 //! Workers and keepers that die or hang while frames flow.
 
-use std::{collections::BTreeSet, time::Instant};
+use std::{collections::BTreeSet, fs, time::Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use vmflow::ledger::{DropReason, Totals};
@@ -58,6 +58,19 @@ fn signal(process: Pid, signal: Signal) -> bool {
     kill_process(process, signal).is_ok()
 }
 
+/// Stops a process, and waits until each of its threads stands still.
+fn stop(process: Pid) {
+    assert!(signal(process, Signal::STOP));
+    let stands = |task: &fs::DirEntry| {
+        let stat = fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+        stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('T'))
+    };
+    wait_for("the process to stand still", || {
+        let tasks = fs::read_dir(format!("/proc/{}/task", process.as_raw_nonzero())).unwrap();
+        tasks.flatten().all(|task| stands(&task)).then_some(())
+    });
+}
+
 /// What a VM's deaths may have cost, and no more: both ends agree with the ledger, but for what it calls uncertain.
 fn check_after_deaths(rig: &Rig, traffic: &Traffic, device: &Device, deaths: u64) {
     let port = rig.vmflow.port(NAMES[0]);
@@ -69,7 +82,7 @@ fn check_after_deaths(rig: &Rig, traffic: &Traffic, device: &Device, deaths: u64
     println!(
         "{deaths} deaths: {} uncertain, {doubled} frames doubled, {gone} read and lost, {} lost to the guest",
         port.uncertain,
-        traffic.lost_to_guest()
+        traffic.lost_to_guest(to_guest)
     );
     assert_eq!(port.connections, 1, "the front end notices nothing");
     assert_eq!(port.worker_restarts, deaths);
@@ -82,7 +95,7 @@ fn check_after_deaths(rig: &Rig, traffic: &Traffic, device: &Device, deaths: u64
     assert_eq!((receive.passed.frames, receive.passed.bytes), (received.frames, received.bytes));
     assert_eq!(receive.chains, receive.passed.frames + gone);
     assert!(gone <= deaths);
-    assert!(traffic.lost_to_guest() <= gone + port.uncertain);
+    assert!(traffic.lost_to_guest(to_guest) <= gone + port.uncertain);
 }
 
 /// Kills the worker at random moments under load.
@@ -112,9 +125,9 @@ fn killed_under_load(config: Config, deaths: u64) {
         never_back(&before.1, &after.1);
     }
     traffic.flow(&rig, 0, &mut device, SOME);
-    traffic.end(&rig, 0, &mut device);
+    traffic.end_and_empty_tap(&rig, 0, &mut device);
     others.flow(&rig, 1, &mut other, SOME);
-    others.end(&rig, 1, &mut other);
+    others.end_and_empty_tap(&rig, 1, &mut other);
     check_after_deaths(&rig, &traffic, &device, deaths);
     assert_eq!((others.lost_and_doubled(), others.doubled_to_guest()), ((0, 0), 0));
     rig.check(1, &other, 0);
@@ -146,14 +159,14 @@ fn a_worker_that_hangs_while_frames_flow_is_replaced() {
     for round in 1..=count(1, 5) {
         traffic.flow(&rig, 0, &mut device, SOME);
         // It is in the middle of something, most likely, or waits for the next kick.
-        assert!(signal(process(&rig, "vmf-w", NAMES[0]), Signal::STOP));
+        stop(process(&rig, "vmf-w", NAMES[0]));
         wait_for("another worker", || {
             traffic.step(&rig, 0, &mut device);
             (rig.vmflow.port(NAMES[0]).worker_restarts == round).then_some(())
         });
     }
     traffic.flow(&rig, 0, &mut device, SOME);
-    traffic.end(&rig, 0, &mut device);
+    traffic.end_and_empty_tap(&rig, 0, &mut device);
     check_after_deaths(&rig, &traffic, &device, count(1, 5));
     assert!(rig.vmflow.log().wait("the worker hangs: another one takes over"));
 }
@@ -165,7 +178,7 @@ fn a_worker_that_hangs_when_something_is_asked_of_it_is_replaced() {
     for _ in 0..10 {
         passes(&rig, 0, &mut device);
     }
-    assert!(signal(process(&rig, "vmf-w", NAMES[0]), Signal::STOP));
+    stop(process(&rig, "vmf-w", NAMES[0]));
     // Both rings are stopped, and started again: the answers are the new worker's.
     let bases = device.reset(0).unwrap();
     assert_eq!(bases, [10, 10], "where the stopped worker had been");
@@ -181,7 +194,7 @@ fn an_idle_worker_that_is_stopped_is_noticed_when_the_guest_has_something_for_it
     let rig = Rig::one("");
     let mut device = rig.connect(0, Config::default());
     passes(&rig, 0, &mut device);
-    assert!(signal(process(&rig, "vmf-w", NAMES[0]), Signal::STOP));
+    stop(process(&rig, "vmf-w", NAMES[0]));
     passes(&rig, 0, &mut device);
     assert_eq!(rig.vmflow.port(NAMES[0]).worker_restarts, 1);
     // Nothing was in hand when it was stopped.
@@ -205,7 +218,7 @@ fn kills_through_a_front_ends_start_and_its_drivers_reloads_lose_nothing() {
         traffic.flow(&rig, 0, &mut device, 20);
         let kills = harasser.stop();
         traffic.flow(&rig, 0, &mut device, 20);
-        traffic.end(&rig, 0, &mut device);
+        traffic.end_and_empty_tap(&rig, 0, &mut device);
         wait_for("the last death to be counted", || {
             (rig.vmflow.port(NAMES[0]).worker_restarts == kills).then_some(())
         });
@@ -220,7 +233,7 @@ fn kills_through_a_front_ends_start_and_its_drivers_reloads_lose_nothing() {
         assert!(doubled <= port.uncertain && port.uncertain <= 2 * kills);
         assert_eq!(transmit.passed.frames + doubled, rig.kernel(0).0.frames);
         let gone = dropped(&receive, DropReason::Restart) + port.uncertain + stopped;
-        assert!(traffic.lost_to_guest() <= gone);
+        assert!(traffic.lost_to_guest(rig.kernel(0).1) <= gone);
     }
 }
 

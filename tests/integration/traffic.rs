@@ -8,7 +8,7 @@ use std::{
 use vmflow_driver::{channel::Channel, net::Device, transmit::Layout, vnet::VnetHeader};
 
 use crate::{
-    harness::PATIENCE,
+    harness::{PATIENCE, wait_for},
     rig::{Rig, frame, number},
 };
 
@@ -106,9 +106,9 @@ impl Traffic {
         came
     }
 
-    /// Frames of the host that the kernel took and that never came to the guest.
-    pub fn lost_to_guest(&self) -> u64 {
-        self.injected - count(&self.delivered)
+    /// Of so many frames that were read from the tap, those that never came to the guest.
+    pub fn lost_to_guest(&self, read: u64) -> u64 {
+        read - count(&self.delivered)
     }
 
     /// Goes on until `frames` more have come each way: it flows.
@@ -139,6 +139,16 @@ impl Traffic {
             assert!(last.elapsed() < PATIENCE, "chains are never given back: {}", self.summary());
             std::thread::yield_now();
         }
+    }
+
+    /// As [`Self::end`], until nothing of the host's frames waits in the tap any more either.
+    pub fn end_and_empty_tap(&mut self, rig: &Rig, vm: usize, device: &mut Device) {
+        wait_for("the tap to be empty", || {
+            self.end(rig, vm, device);
+            let refused = rig.netns.counter(&rig.taps[vm], "tx_dropped");
+            (rig.kernel(vm).1 + refused == self.injected).then_some(())
+        });
+        self.end(rig, vm, device);
     }
 
     /// Frames of the guest that never came, and those that came more than once.
