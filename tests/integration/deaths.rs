@@ -120,9 +120,15 @@ fn killed_under_load(config: Config, deaths: u64) {
             traffic.step(&rig, 0, &mut device);
             (process(&rig, "vmf-w", NAMES[0]) != worker).then_some(())
         });
+        // What the guest has back is in the ledger: the tap must have seen the same.
+        device.first().transmit.drain(PATIENCE).unwrap();
         let after = rig.vmflow.totals(NAMES[0]);
         never_back(&before.0, &after.0);
         never_back(&before.1, &after.1);
+        let (uncertain, (from_guest, to_guest)) = (rig.vmflow.port(NAMES[0]).uncertain, rig.kernel(0));
+        let unknown = from_guest.frames - after.0.passed.frames;
+        assert!(unknown <= uncertain, "{unknown} frames on the tap more than counted, {uncertain} uncertain");
+        assert!(after.1.chains <= to_guest, "{} frames counted, {to_guest} read", after.1.chains);
     }
     traffic.flow(&rig, 0, &mut device, SOME);
     traffic.end_and_empty_tap(&rig, 0, &mut device);
