@@ -217,10 +217,11 @@ fn a_file_that_this_user_may_not_read_is_refused() {
     let written = Written::new("");
     fs::set_permissions(written.dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
     fs::set_permissions(written.main(), fs::Permissions::from_mode(0o600)).unwrap();
-    // A copy, as the user without rights may not reach the build's directory.
+    // A copy, as the user without rights may not reach the build's directory. Another process writes it: a child
+    // that another test forks here meanwhile would hold it open, and the kernel would call it busy.
     let command = written.path("vmflow");
-    fs::copy(env!("CARGO_BIN_EXE_vmflow"), &command).unwrap();
-    fs::set_permissions(&command, fs::Permissions::from_mode(0o755)).unwrap();
+    let copied = Command::new("cp").arg(env!("CARGO_BIN_EXE_vmflow")).arg(&command).status().unwrap();
+    assert!(copied.success());
     let output = Command::new(command)
         .args(["check", "--config"])
         .arg(written.main())
