@@ -410,17 +410,7 @@ fn a_tap_goes_into_a_bridge_and_out_of_it() {
 fn the_service_manager_is_told_when_a_reload_begins_and_ends() {
     let (netns, setup) = (Netns::new(), Setup::new());
     let setup = setup.vm("web1", &unique("t"), &netns, "");
-    let notices = setup.directory.path().join("notify.sock");
-    let manager = std::os::unix::net::UnixDatagram::bind(&notices).unwrap();
-    manager.set_read_timeout(Some(PATIENCE)).unwrap();
-    let mut command = Command::new(VMFLOW);
-    command.arg("serve").arg("--config").arg(setup.file()).env("NOTIFY_SOCKET", &notices);
-    let vmflow = Vmflow::start_as(command, &setup.directory);
-    let told = || {
-        let mut bytes = [0; 100];
-        let n = manager.recv(&mut bytes).unwrap();
-        String::from_utf8_lossy(&bytes[..n]).trim().to_owned()
-    };
+    let (vmflow, told) = crate::start::start_under_manager(&setup);
     assert_eq!(told(), "READY=1");
     vmflow.signal(rustix::process::Signal::HUP);
     assert!(told().starts_with("RELOADING=1\nMONOTONIC_USEC="));

@@ -165,21 +165,27 @@ fn a_user_without_the_right_to_make_taps_is_told_so() {
     assert!(found(setup.directory.path()).0.is_empty());
 }
 
-#[test]
-fn the_service_manager_is_told_when_every_socket_listens_and_when_the_end_begins() {
-    let (netns, setup) = (Netns::new(), Setup::new());
-    let setup = setup.vm("web1", &unique("t"), &netns, "");
+/// Starts vmflow as a service manager does; gives the means to hear the next thing that the manager is told.
+pub fn start_under_manager(setup: &Setup) -> (Vmflow, impl Fn() -> String + use<>) {
     let notices = setup.directory.path().join("notify.sock");
     let manager = std::os::unix::net::UnixDatagram::bind(&notices).unwrap();
     manager.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut command = Command::new(VMFLOW);
     command.arg("serve").arg("--config").arg(setup.file()).env("NOTIFY_SOCKET", &notices);
     let vmflow = Vmflow::start_as(command, &setup.directory);
-    let told = || {
+    let told = move || {
         let mut bytes = [0; 100];
         let n = manager.recv(&mut bytes).unwrap();
         String::from_utf8_lossy(&bytes[..n]).trim().to_owned()
     };
+    (vmflow, told)
+}
+
+#[test]
+fn the_service_manager_is_told_when_every_socket_listens_and_when_the_end_begins() {
+    let (netns, setup) = (Netns::new(), Setup::new());
+    let setup = setup.vm("web1", &unique("t"), &netns, "");
+    let (vmflow, told) = start_under_manager(&setup);
     assert_eq!(told(), "READY=1");
     for socket in ["web1.sock", "control.sock", "stats.sock"] {
         std::os::unix::net::UnixStream::connect(setup.directory.path().join(socket)).unwrap();
