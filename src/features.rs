@@ -34,7 +34,16 @@ bits! {
     GUEST_TSO6 = virtio_net::VIRTIO_NET_F_GUEST_TSO6;
     /// The guest takes unsegmented TCP with ECN.
     GUEST_ECN = virtio_net::VIRTIO_NET_F_GUEST_ECN;
+    /// The guest takes UDP over IPv4 unsegmented (virtio 1.3, 5.1.3).
+    GUEST_USO4 = virtio_net::VIRTIO_NET_F_GUEST_USO4;
+    /// The guest takes UDP over IPv6 unsegmented.
+    GUEST_USO6 = virtio_net::VIRTIO_NET_F_GUEST_USO6;
+    /// The device takes UDP unsegmented.
+    HOST_USO = virtio_net::VIRTIO_NET_F_HOST_USO;
 }
+
+/// What a port offers in addition where the kernel's taps know UDP segmentation.
+pub const USO: u64 = GUEST_USO4 | GUEST_USO6 | HOST_USO;
 
 /// What every port offers.
 pub const ALWAYS: u64 = PROTOCOL_FEATURES

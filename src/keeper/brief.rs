@@ -26,6 +26,8 @@ pub struct Brief {
     pub mac: Option<[u8; 6]>,
     /// The VMM serves a control queue itself.
     pub control_queue: bool,
+    /// The tap takes and gives UDP unsegmented.
+    pub uso: bool,
 }
 
 impl Brief {
@@ -35,7 +37,8 @@ impl Brief {
         let mac = if self.mac.is_some() { features::MAC } else { 0 };
         let control = if self.control_queue { features::CTRL_VQ | features::GUEST_ANNOUNCE } else { 0 };
         let many = if self.queue_pairs > 1 { features::MQ } else { 0 };
-        features::ALWAYS | mac | control | many
+        let uso = if self.uso { features::USO } else { 0 };
+        features::ALWAYS | mac | control | many | uso
     }
 
     /// The VM's label; the smallest one if the monitor gave none, which it never does.
@@ -50,5 +53,28 @@ impl Brief {
         let mut name = format!("vmf-{role}:{}", self.vm);
         name.truncate(15); // VM names are ASCII
         name
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn udp_segmentation_is_offered_only_where_the_tap_knows_it() {
+        let brief = |uso| Brief {
+            monitor: 1,
+            vm: "web1".into(),
+            label: 1,
+            port: 0,
+            uid: 1,
+            queue_pairs: 1,
+            mtu: 1500,
+            mac: None,
+            control_queue: false,
+            uso,
+        };
+        assert_eq!(brief(false).features() & features::USO, 0);
+        assert_eq!(brief(true).features(), brief(false).features() | 1 << 54 | 1 << 55 | 1 << 56);
     }
 }

@@ -331,6 +331,7 @@ mod tests {
             mtu: 1500,
             mac: Some([2, 0, 0, 0, 0, 7]),
             control_queue: true,
+            uso: true,
         };
         Gate::new(brief, Descriptors::open().unwrap())
     }

@@ -340,7 +340,7 @@ impl Draft {
     }
 }
 
-/// What the keepers of a port are told, but for the MTU.
+/// What the keepers of a port are told, but for what its tap says: MTU and offloads.
 fn brief(vm: &str, label: Label, number: usize, config: &config::Port) -> Brief {
     Brief {
         monitor: std::process::id(),
@@ -352,6 +352,7 @@ fn brief(vm: &str, label: Label, number: usize, config: &config::Port) -> Brief 
         mtu: 0,
         mac: config.mac.map(config::Mac::bytes),
         control_queue: config.control_queue,
+        uso: false,
     }
 }
 

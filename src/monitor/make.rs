@@ -56,7 +56,7 @@ pub enum MakeError {
 pub struct Wish {
     /// Its settings.
     pub config: config::Port,
-    /// What its keepers are told; the MTU is not known yet.
+    /// What its keepers are told; the tap's MTU and offloads are not known yet.
     pub brief: Brief,
     /// What is counted of it so far, if it is there.
     pub tally: Option<Rc<Tally>>,
@@ -105,12 +105,12 @@ pub(super) async fn make(
     check(&wishes).await?;
     for (Wish { config, brief, tally, counted }, (doorbell, socket_of)) in wishes.into_iter().zip(doorbells) {
         let tap_of = ending.iter().find(|port| port.has_tap_of(&config)).cloned();
-        let (tap, mtu) = match &tap_of {
-            Some(port) => (another(&port.tap, &config)?, port.brief.mtu),
+        let (tap, mtu, uso) = match &tap_of {
+            Some(port) => (another(&port.tap, &config)?, port.brief.mtu, port.brief.uso),
             None => new_tap(&config, there, handed_in).await?,
         };
         let tally = tally.map_or_else(|| Tally::new(&brief, &counted).map(Rc::new), Ok)?;
-        let brief = Brief { mtu, ..brief };
+        let brief = Brief { mtu, uso, ..brief };
         made.push(Made { config, doorbell, tap, brief, tally, tap_of, socket_of });
     }
     Ok(made)
@@ -126,12 +126,12 @@ fn another(tap: &OwnedFd, config: &config::Port) -> Result<OwnedFd, MakeError> {
     tap.try_clone().map_err(|error| MakeError::Descriptor(config.tap.to_string(), error))
 }
 
-/// A tap that no port has, set up, and its MTU.
+/// A tap that no port has, set up, its MTU, and whether it knows UDP segmentation.
 async fn new_tap(
     config: &config::Port,
     there: &[Rc<Port>],
     handed_in: &HashMap<String, OwnedFd>,
-) -> Result<(OwnedFd, u16), MakeError> {
+) -> Result<(OwnedFd, u16, bool), MakeError> {
     let wanted = wanted(config);
     let name = wanted.name.clone();
     let handed_in = handed_in.get(&name).map(|tap| another(tap, config)).transpose()?;
@@ -145,9 +145,10 @@ async fn new_tap(
             Some(fd) => tap::adopt(fd, &name)?,
             None => tap::attach(&name)?,
         };
+        let uso = tap::knows_uso(&tap, &name)?;
         let mtu = link::configure(&wanted)?.mtu;
         tap::drain(&tap); // one that was handed in may have been another VM's
-        Ok((tap, mtu))
+        Ok((tap, mtu, uso))
     })
     .await
 }

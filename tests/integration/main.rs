@@ -10,6 +10,7 @@
 #![expect(clippy::unwrap_used, clippy::panic, reason = "what a test cannot go on without fails it")]
 #![expect(unreachable_pub, reason = "a test program exports nothing; `pub` says what a module is for")]
 
+mod far;
 #[path = "../harness/mod.rs"]
 mod harness;
 mod rig;
@@ -32,3 +33,4 @@ mod session;
 mod start;
 mod state;
 mod tap;
+mod uso;

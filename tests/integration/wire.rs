@@ -9,7 +9,8 @@ use std::{
     ffi::CString,
     io,
     mem::size_of,
-    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    net::UdpSocket,
+    os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
     time::Instant,
 };
 
@@ -27,6 +28,11 @@ const HELD: libc::c_int = 64 << 20;
 pub fn hold_at_most(tap: &OwnedFd, bytes: libc::c_int) {
     // SAFETY: TUNSETSNDBUF reads one `int`, which `bytes` is.
     check(unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETSNDBUF, &raw const bytes) }).unwrap();
+}
+
+/// Has the kernel cut what a socket sends into datagrams of so many bytes of payload (`UDP_SEGMENT`).
+pub fn cut_into(socket: &UdpSocket, payload: u16) -> io::Result<()> {
+    set(socket, libc::SOL_UDP, libc::UDP_SEGMENT, payload.into())
 }
 
 /// A frame with its header.
@@ -58,10 +64,10 @@ impl Wire {
         check(number)?;
         // SAFETY: the descriptor is new and nobody else's.
         let wire = Self { socket: unsafe { OwnedFd::from_raw_fd(number) } };
-        wire.set(libc::SOL_PACKET, libc::PACKET_VNET_HDR, 1)?;
-        wire.set(libc::SOL_PACKET, libc::PACKET_IGNORE_OUTGOING, 1)?;
-        wire.set(libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, HELD)?;
-        wire.set(libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, HELD)?;
+        set(&wire.socket, libc::SOL_PACKET, libc::PACKET_VNET_HDR, 1)?;
+        set(&wire.socket, libc::SOL_PACKET, libc::PACKET_IGNORE_OUTGOING, 1)?;
+        set(&wire.socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, HELD)?;
+        set(&wire.socket, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, HELD)?;
         let name = CString::new(interface)?;
         // SAFETY: `name` is a string with its final zero, alive during the call.
         let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
@@ -75,13 +81,6 @@ impl Wire {
         // SAFETY: `address` is of that length and alive during the call.
         check(unsafe { libc::bind(wire.socket.as_raw_fd(), pointer, length) })?;
         Ok(wire)
-    }
-
-    fn set(&self, level: libc::c_int, option: libc::c_int, value: libc::c_int) -> io::Result<()> {
-        let length = u32::try_from(size_of::<libc::c_int>()).map_err(io::Error::other)?;
-        let pointer = (&raw const value).cast();
-        // SAFETY: each option set here is an `int`, which `value` is, alive during the call.
-        check(unsafe { libc::setsockopt(self.socket.as_raw_fd(), level, option, pointer, length) })
     }
 
     /// Sends a frame towards the guest, as it is.
@@ -161,6 +160,13 @@ impl Wire {
         let ready = poll(&mut [PollFd::new(&self.socket, event)], Some(&left)).unwrap();
         assert!(ready > 0, "nothing at the tap's other side within {PATIENCE:?}");
     }
+}
+
+fn set(socket: impl AsFd, level: libc::c_int, option: libc::c_int, value: libc::c_int) -> io::Result<()> {
+    let length = u32::try_from(size_of::<libc::c_int>()).map_err(io::Error::other)?;
+    let pointer = (&raw const value).cast();
+    // SAFETY: each option set here is an `int`, which `value` is, alive during the call.
+    check(unsafe { libc::setsockopt(socket.as_fd().as_raw_fd(), level, option, pointer, length) })
 }
 
 fn check(result: libc::c_int) -> io::Result<()> {

@@ -107,6 +107,12 @@ pub mod feature {
     pub const IN_ORDER: u64 = 1 << 35;
     /// Single queues can be reset.
     pub const RING_RESET: u64 = 1 << 40;
+    /// The driver takes UDP over IPv4 that is to be cut into datagrams.
+    pub const GUEST_USO4: u64 = 1 << 54;
+    /// The driver takes UDP over IPv6 that is to be cut into datagrams.
+    pub const GUEST_USO6: u64 = 1 << 55;
+    /// The device takes UDP that is to be cut into datagrams.
+    pub const HOST_USO: u64 = 1 << 56;
 }
 
 /// vhost-user's own feature bits, as masks.
