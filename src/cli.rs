@@ -221,8 +221,8 @@ enum LowCommand {
     },
     /// Add a VM to those that are served; kept over restarts
     Add {
-        /// The VM: name=NAME,socket=PATH,tap=IFNAME and, if wanted, label, uuid, mac, mtu, mode, netns and
-        /// peer; each further one is another port of it
+        /// The VM: name=NAME,socket=PATH,tap=IFNAME and, if wanted, label, uuid, mac, mtu, mode, netns, peer,
+        /// queue_pairs and coalesce; each further one is another port of it
         #[arg(value_name = "KEY=VALUE,...", required_unless_present = "file")]
         vm: Vec<String>,
         /// The VM as in a file in vms.d
@@ -301,8 +301,8 @@ struct LowServe {
     /// The main file; vms.d beside it is read as well [default: /etc/vmflow/vmflow.toml without --vm]
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     config: Option<PathBuf>,
-    /// A VM: name=NAME,socket=PATH,tap=IFNAME and, if wanted, label, uuid, mac, mtu, mode, netns and peer;
-    /// the same name again is another port
+    /// A VM: name=NAME,socket=PATH,tap=IFNAME and, if wanted, label, uuid, mac, mtu, mode, netns, peer,
+    /// queue_pairs and coalesce; the same name again is another port
     #[arg(long = "vm", value_name = "KEY=VALUE,...")]
     vms: Vec<String>,
     /// The directory for what outlives the process

@@ -232,7 +232,7 @@ fn events(vm: &VmStats) -> String {
     let sum = |of: fn(&PortStats) -> u64| vm.ports.iter().map(of).fold(0, u64::saturating_add);
     let kinds = [
         ("worker restarts", sum(|port| port.worker_restarts)),
-        ("uncertain tap operations", sum(|port| port.uncertain)),
+        ("uncertain frames", sum(|port| port.uncertain)),
         ("queue faults", sum(|port| port.queue_faults)),
         ("refused connections", sum(|port| port.refused_connections)),
         ("connections given up", sum(|port| port.connections_given_up)),
@@ -391,7 +391,7 @@ web1: frames dropped in transmit
   24 restart_unmatched  The frame was lost in the death of a worker, and its
                         ring could not be matched.
 web1: suspect since 2026-01-02T03:04:05Z by root (uid 0, pid 1): scans
-web1: worker restarts: 1, uncertain tap operations: 2
+web1: worker restarts: 1, uncertain frames: 2
 gaps: 2, last 2026-01-02T03:04:05Z to 2026-01-02T03:04:07Z: vmflow was killed
 ledger: balanced
 ";

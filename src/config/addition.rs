@@ -129,7 +129,7 @@ mod tests {
     fn a_vm_is_the_same_as_a_request_as_arguments_and_as_a_file() {
         let vm = Described::Arguments(vec![
             "name=web3,socket=/s/3,tap=t3,label=7,uuid=1f3a7c52-9d0e-4b6a-8c11-5e2d7f904ab3,mtu=1400,peer=root".into(),
-            "name=web3,socket=/s/4,tap=t3,netns=n,mode=client,mac=02:00:00:00:00:01".into(),
+            "name=web3,socket=/s/4,tap=t3,netns=n,mode=client,mac=02:00:00:00:00:01,coalesce=false".into(),
         ]);
         let vm = vm.judge().unwrap();
         assert_eq!((vm.ports.len(), vm.ports[0].peer, vm.ports[1].mode), (2, Some(0), Mode::Client));
@@ -141,6 +141,7 @@ mod tests {
         full.ports[0].socket_mode = 0o600;
         full.ports[0].bridge = Some("br0".into());
         full.ports[0].control_queue = false;
+        full.ports[0].coalesce = false;
         for vm in [vm, full] {
             let json = serde_json::to_vec(&vm).unwrap();
             let requested = running(&[]).judge_addition(&json).unwrap();

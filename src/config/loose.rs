@@ -79,6 +79,7 @@ pub(super) struct LoosePort {
     pub(super) mac: Written<String>,
     pub(super) mtu: Written<i64>,
     pub(super) control_queue: Option<bool>,
+    pub(super) coalesce: Option<bool>,
 }
 
 #[derive(Debug, Default, Deserialize)]

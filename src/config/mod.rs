@@ -118,6 +118,8 @@ pub struct Port {
     pub mtu: Option<u16>,
     /// Offer the control queue to the front end.
     pub control_queue: bool,
+    /// Put neighbouring frames of one flow together on their way to the tap.
+    pub coalesce: bool,
 }
 
 /// Where a configuration comes from.
@@ -209,6 +211,7 @@ queue_pairs = 1
 mac = "52:54:00:12:34:56"
 mtu = 9000
 control_queue = false
+coalesce = false
 [[vm.port]]
 socket = "/run/qemu/web1.sock"
 mode = "client"
@@ -250,6 +253,7 @@ tap = "vmf-web1b"
             mac: Some("52:54:00:12:34:56".parse().unwrap()),
             mtu: Some(9000),
             control_queue: false,
+            coalesce: false,
         };
         let bare = Port {
             socket: "/run/qemu/web1.sock".into(),
@@ -264,6 +268,7 @@ tap = "vmf-web1b"
             mac: None,
             mtu: None,
             control_queue: true,
+            coalesce: true,
             ..full.clone()
         };
         assert_eq!(vm.ports, [full, bare]);

@@ -276,8 +276,20 @@ enum Side {
 }
 
 /// The keys of `--vm`.
-const ARGUMENT_KEYS: [&str; 10] =
-    ["name", "socket", "tap", "label", "uuid", "mac", "mtu", "mode", "netns", "peer"];
+const ARGUMENT_KEYS: [&str; 12] = [
+    "name",
+    "socket",
+    "tap",
+    "label",
+    "uuid",
+    "mac",
+    "mtu",
+    "mode",
+    "netns",
+    "peer",
+    "queue_pairs",
+    "coalesce",
+];
 
 fn assign(
     vm: &mut LooseVm,
@@ -293,6 +305,8 @@ fn assign(
         "tap" => port.tap = Some(written),
         "mac" => port.mac = Some(written),
         "mtu" => port.mtu = Some(number("mtu", &written)?),
+        "queue_pairs" => port.queue_pairs = Some(number("queue_pairs", &written)?),
+        "coalesce" => port.coalesce = Some(switch("coalesce", &written)?),
         "mode" => port.mode = Some(written),
         "netns" => port.netns = Some(written),
         "peer" => {
@@ -310,6 +324,12 @@ fn number(what: &'static str, written: &Spanned<String>) -> Result<Spanned<i64>,
     let parsed = text.parse().map(|number| Spanned::new(written.span(), number));
     let why = "is not a number: write decimal digits";
     parsed.map_err(|_| (Side::Value, ConfigError::BadValue { what, value: text.clone(), why }))
+}
+
+fn switch(what: &'static str, written: &Spanned<String>) -> Result<bool, (Side, ConfigError)> {
+    let text = written.get_ref();
+    let why = "is neither: write true or false";
+    text.parse().map_err(|_| (Side::Value, ConfigError::BadValue { what, value: text.clone(), why }))
 }
 
 /// Takes the key out of the table, or of a table in it, whose own place or whose value's place is this one.

@@ -203,6 +203,7 @@ fn port(judge: &mut Judge, source: usize, port: Spanned<LoosePort>) -> Option<Po
         mac: judge.value(at(source, port.mac), |text| text.parse::<Mac>()),
         mtu: judge.value(at(source, port.mtu), |number| mtu(*number)),
         control_queue: port.control_queue.unwrap_or(true),
+        coalesce: port.coalesce.unwrap_or(true),
         mode,
         netns,
         socket: socket?,

@@ -58,6 +58,7 @@ struct WrittenPort<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     mtu: Option<u16>,
     control_queue: bool,
+    coalesce: bool,
 }
 
 #[derive(Serialize)]
@@ -95,6 +96,7 @@ impl<'a> WrittenPort<'a> {
             mac: port.mac.map(|mac| mac.to_string()),
             mtu: port.mtu,
             control_queue: port.control_queue,
+            coalesce: port.coalesce,
         }
     }
 }

@@ -28,6 +28,8 @@ pub struct Brief {
     pub control_queue: bool,
     /// The tap takes and gives UDP unsegmented.
     pub uso: bool,
+    /// Neighbouring frames of one flow are put together on their way to the tap.
+    pub coalesce: bool,
 }
 
 impl Brief {
@@ -73,6 +75,7 @@ mod tests {
             mac: None,
             control_queue: false,
             uso,
+            coalesce: true,
         };
         assert_eq!(brief(false).features() & features::USO, 0);
         assert_eq!(brief(true).features(), brief(false).features() | 1 << 54 | 1 << 55 | 1 << 56);

@@ -332,6 +332,7 @@ mod tests {
             mac: Some([2, 0, 0, 0, 0, 7]),
             control_queue: true,
             uso: true,
+            coalesce: true,
         };
         Gate::new(brief, Descriptors::open().unwrap())
     }

@@ -1,7 +1,8 @@
 //! The log of the batch in hand: how each of its frames ended. A worker that dies leaves it to its successor.
 //!
 //! ```text
-//!  word 0   bits 0-31 packets | 32-47 elements of the used ring | 48-55 fate | 56 suspect | 57 held | 58 unreadable
+//!  word 0   bits 0-23 packets | 24-31 joined | 32-47 elements of the used ring | 48-55 fate | 56 suspect | 57 held
+//!           | 58 unreadable
 //!  word 1   bits 0-31 wire_bytes | 32-63 bytes
 //!           fate: 0 passed, else 1 + the drop reason's index
 //! ```
@@ -16,11 +17,13 @@ use super::{
 /// Most frames of one batch.
 pub(super) const ENTRIES: usize = 64;
 
+const JOINED: u32 = 24;
 const ELEMENTS: u32 = 32;
 const FATE: u32 = 48;
 const SUSPECT: u64 = 1 << 56;
 const HELD: u64 = 1 << 57;
 const UNREADABLE: u64 = 1 << 58;
+const LOW_24: u64 = 0xff_ffff;
 const LOW_32: u64 = 0xffff_ffff;
 
 /// How a frame ended.
@@ -43,6 +46,9 @@ pub struct Ended {
     pub fate: Fate,
     /// How many elements of the used ring are given back for it.
     pub elements: u16,
+    /// Transmit: the bytes of its headers, if they were left out because the frame was written to the tap together
+    /// with the one before it, as one that the kernel cuts; 0 if it was written on its own.
+    pub joined: u8,
 }
 
 /// An entry of the log.
@@ -57,7 +63,7 @@ pub(super) struct Entry {
 
 impl Entry {
     pub(super) fn encode(&self) -> [u64; 2] {
-        let Ended { volume, suspect, fate, elements } = self.ended;
+        let Ended { volume, suspect, fate, elements, joined } = self.ended;
         let fate = match fate {
             Fate::Passed => 0,
             Fate::Dropped(reason) => 1 + reason.index() as u64,
@@ -65,7 +71,12 @@ impl Entry {
         let flags = [(suspect, SUSPECT), (self.held, HELD), (self.unreadable, UNREADABLE)];
         let flags = flags.into_iter().filter(|(set, _)| *set).fold(0, |all, (_, bit)| all | bit);
         [
-            volume.packets & LOW_32 | u64::from(elements) << ELEMENTS | fate << FATE | flags,
+            // A frame is no longer than 2^20 bytes, so it has no more packets than these bits can say.
+            volume.packets & LOW_24
+                | u64::from(joined) << JOINED
+                | u64::from(elements) << ELEMENTS
+                | fate << FATE
+                | flags,
             volume.wire_bytes & LOW_32 | (volume.bytes & LOW_32) << 32,
         ]
     }
@@ -75,10 +86,11 @@ impl Entry {
             0 => Fate::Passed,
             n => Fate::Dropped(reason(n - 1)),
         };
-        let volume = Volume::frame(first & LOW_32, second >> 32, second & LOW_32);
+        let volume = Volume::frame(first & LOW_24, second >> 32, second & LOW_32);
         let elements = low_16_bits(first >> ELEMENTS);
+        let [_, _, _, joined, ..] = first.to_le_bytes();
         Self {
-            ended: Ended { volume, suspect: first & SUSPECT != 0, fate, elements },
+            ended: Ended { volume, suspect: first & SUSPECT != 0, fate, elements, joined },
             held: first & HELD != 0,
             unreadable: first & UNREADABLE != 0,
         }
@@ -117,11 +129,11 @@ mod tests {
         let fates = DropReason::ALL.into_iter().map(Fate::Dropped).chain([Fate::Passed]);
         for (n, fate) in fates.enumerate() {
             let volume =
-                Volume::frame(0xffff_fff0 + n as u64 % 16, 0xfff0_0000 + n as u64, 0xffff_ff00 | n as u64);
+                Volume::frame(0xff_fff0 + n as u64 % 16, 0xfff0_0000 + n as u64, 0xffff_ff00 | n as u64);
             for (suspect, held, unreadable) in
                 [(true, false, false), (false, true, false), (false, false, true)]
             {
-                let ended = Ended { volume, suspect, fate, elements: 1024 };
+                let ended = Ended { volume, suspect, fate, elements: 1024, joined: 0xf3 };
                 let entry = Entry { ended, held, unreadable };
                 assert_eq!(Entry::decode(entry.encode()), entry);
             }

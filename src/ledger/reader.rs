@@ -68,7 +68,7 @@ impl Known {
     pub const fn queue_faults(&self) -> u64 {
         self.queue_faults
     }
-    /// Tap operations of which a dead worker left unknown whether they happened.
+    /// Frames of the tap writes and reads of which dead workers left unknown whether they happened.
     #[must_use]
     pub const fn uncertain(&self) -> u64 {
         self.uncertain
@@ -139,7 +139,7 @@ mod tests {
     };
 
     fn ended() -> Ended {
-        Ended { volume: Volume::frame(1, 1, 1), suspect: false, fate: Fate::Passed, elements: 1 }
+        Ended { volume: Volume::frame(1, 1, 1), suspect: false, fate: Fate::Passed, elements: 1, joined: 0 }
     }
 
     #[test]

@@ -4,7 +4,8 @@
 //!   the slot in force     what was committed; its elements may or may not be published
 //!   Ended frames          sent, delivered or dropped, their elements written: counted now, and published
 //!   one frame Read        and not ended: it died with the worker: dropped, `restart`
-//!   one more Begun        the write or read may have happened or not: `uncertain`. The frame is sent again, or lost
+//!   more frames Begun     the write or read may have happened or not: `uncertain`. They are sent again; one that
+//!                         was read is lost
 //! ```
 //! That is so where the ring goes on: the same connection and the same used ring. Where it does not (the keeper
 //! died too, and the VMM makes a new connection), the guest never sees what was not published: what was
@@ -94,7 +95,7 @@ impl Account {
 
     fn count_what_was_left(&mut self, goes_on: bool) {
         let left = self.progress();
-        let uncertain = left.begun > left.read.max(left.ended);
+        let uncertain = left.begun.saturating_sub(left.read.max(left.ended));
         if left == Progress::default() && self.slot.held.is_none() {
             return;
         }
@@ -106,7 +107,7 @@ impl Account {
         } else if let Some(Held { bytes, suspect }) = self.slot.held {
             self.lose(Entry { held: true, ..lost(bytes, suspect) });
         }
-        self.slot.uncertain = self.slot.uncertain.wrapping_add(uncertain.into());
+        self.slot.uncertain = self.slot.uncertain.wrapping_add(uncertain);
         let _published_by_the_caller = self.commit();
     }
 
@@ -152,7 +153,7 @@ impl Account {
 /// A frame that was lost: how many packets it would have been, nobody knows.
 pub(super) const fn lost(bytes: u64, suspect: bool) -> Entry {
     let fate = Fate::Dropped(DropReason::Restart);
-    let ended = Ended { volume: Volume::frame(1, bytes, bytes), suspect, fate, elements: 0 };
+    let ended = Ended { volume: Volume::frame(1, bytes, bytes), suspect, fate, elements: 0, joined: 0 };
     Entry { ended, held: false, unreadable: false }
 }
 

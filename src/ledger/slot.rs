@@ -21,7 +21,7 @@ pub(super) struct Slot {
     pub(super) index: u16,
     /// Receive: the frame that is in flight.
     pub(super) held: Option<Held>,
-    /// Tap operations of which a dead worker left unknown whether they happened.
+    /// Frames of the tap writes and reads of which dead workers left unknown whether they happened.
     pub(super) uncertain: u64,
 }
 

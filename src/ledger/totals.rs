@@ -63,7 +63,7 @@ pub struct Totals {
     pub dropped_packets: u64,
     /// Bytes in dropped frames.
     pub dropped_bytes: u64,
-    /// Writes to the tap (transmit) or reads from it (receive) that carried a frame.
+    /// Writes to the tap (transmit) or reads from it (receive) that carried a frame; one write may carry several.
     pub tap_operations: u64,
     /// Bytes of these without the virtio-net header: the change of the tap's own counters.
     pub tap_bytes: u64,
@@ -112,8 +112,13 @@ impl Totals {
     /// Counts a frame that the guest sent.
     pub const fn transmitted(&mut self, ended: &Ended) {
         self.chains = self.chains.wrapping_add(1);
-        if matches!(ended.fate, Fate::Passed) {
-            self.tap_operation(ended.volume.bytes);
+        match (ended.fate, ended.joined) {
+            (Fate::Passed, 0) => self.tap_operation(ended.volume.bytes),
+            (Fate::Passed, headers) => {
+                let more = ended.volume.bytes.wrapping_sub(headers as u64);
+                self.tap_bytes = self.tap_bytes.wrapping_add(more);
+            }
+            (Fate::Dropped(_), _) => {}
         }
         self.end(ended);
     }

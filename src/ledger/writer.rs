@@ -1,7 +1,7 @@
 //! The worker's side of the ledger: one [`Account`] per direction of a queue pair.
 //!
 //! ```text
-//!   begin_tap_operation      before each write to the tap, and each read from it
+//!   begin_tap_operation      before each write to the tap, of one frame or several, and each read from it
 //!   read                     receive: after a read that brought a frame
 //!   record                   the frame ended: its log entry is written; then its elements of the used ring are
 //!   confirm                  both are there: from now on a successor counts the frame, and publishes it
@@ -29,6 +29,8 @@ pub struct Account {
     pub(super) slot: Slot,
     /// Frames of this batch that ended.
     pub(super) ended: u64,
+    /// Frames of this batch whose end is in the log: those that ended, and those that are to be confirmed.
+    recorded: u64,
     /// A frame was read in this batch and has not ended.
     reading: bool,
     /// A frame ended, or was read, and is not committed.
@@ -57,7 +59,16 @@ impl Account {
     pub fn resume(ledger: &Ledger, part: Part) -> Self {
         let epoch = ledger.part_word(part, PartWord::Epoch).load(Ordering::Acquire);
         let slot = Slot::load(ledger.slot(part, epoch));
-        Self { ledger: ledger.clone(), part, epoch, slot, ended: 0, reading: false, has_news: false }
+        Self {
+            ledger: ledger.clone(),
+            part,
+            epoch,
+            slot,
+            ended: 0,
+            recorded: 0,
+            reading: false,
+            has_news: false,
+        }
     }
 
     /// The counters with everything that happened so far.
@@ -78,9 +89,9 @@ impl Account {
         self.has_news
     }
 
-    /// A write to the tap, or a read from it, is about to happen.
-    pub fn begin_tap_operation(&mut self) {
-        self.mark(PartWord::Begun, self.ended.wrapping_add(1));
+    /// A write of so many frames to the tap, or a read of one from it, is about to happen.
+    pub fn begin_tap_operation(&mut self, frames: usize) {
+        self.mark(PartWord::Begun, self.ended.wrapping_add(frames as u64));
         may_die();
     }
 
@@ -93,7 +104,7 @@ impl Account {
     pub fn read(&mut self, tap_bytes: Option<u64>, suspect: bool) {
         let bytes = tap_bytes.unwrap_or_default();
         let volume = Volume::frame(1, bytes, bytes);
-        let ended = Ended { volume, suspect, fate: Fate::Passed, elements: 0 };
+        let ended = Ended { volume, suspect, fate: Fate::Passed, elements: 0, joined: 0 };
         self.write_entry(&Entry { ended, held: false, unreadable: tap_bytes.is_none() });
         self.mark(PartWord::Read, self.ended.wrapping_add(1));
         self.slot.totals.read(tap_bytes);
@@ -112,12 +123,13 @@ impl Account {
             self.slot.held = None;
         }
         self.slot.index = self.slot.index.wrapping_add(ended.elements);
+        self.recorded = self.recorded.wrapping_add(1);
         (self.reading, self.has_news) = (false, true);
     }
 
-    /// The elements are written too.
+    /// The elements of all frames that were recorded are written too.
     pub fn confirm(&mut self) {
-        self.ended = self.ended.wrapping_add(1);
+        self.ended = self.recorded;
         self.mark(PartWord::Ended, self.ended);
     }
 
@@ -129,7 +141,7 @@ impl Account {
         self.slot.store(self.ledger.slot(self.part, next));
         self.store(PartWord::Epoch, next);
         self.epoch = next;
-        self.ended = 0;
+        (self.ended, self.recorded) = (0, 0);
         (self.reading, self.has_news) = (false, false);
         may_die();
         Committed { index: self.slot.index }
@@ -141,7 +153,7 @@ impl Account {
     }
 
     fn write_entry(&self, entry: &Entry) {
-        let place = usize::try_from(self.ended).unwrap_or_default();
+        let place = usize::try_from(self.recorded).unwrap_or_default();
         for (shared, word) in self.ledger.entry(self.part, place).iter().zip(entry.encode()) {
             may_die();
             shared.store(word, Ordering::Relaxed);

@@ -353,6 +353,7 @@ fn brief(vm: &str, label: Label, number: usize, config: &config::Port) -> Brief 
         mac: config.mac.map(config::Mac::bytes),
         control_queue: config.control_queue,
         uso: false,
+        coalesce: config.coalesce,
     }
 }
 

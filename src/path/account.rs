@@ -5,8 +5,9 @@
 //! ```
 
 use super::{
-    chain::Chain,
+    coalesce::Run,
     forward::Outcome,
+    judge::Judged,
     place::{ReceiveBuffer, TapFrame},
     ring::GivenBack,
 };
@@ -15,20 +16,25 @@ use crate::{
     ledger::{Account, Ended},
 };
 
-/// A receipt: proof that a frame was counted, and the right to give its chains back.
+/// A receipt: proof that a frame, or each frame of a run, was counted, and the right to give its chains back.
 #[derive(Debug)]
 #[must_use]
 pub struct Recorded<F>(F);
 
 impl<F> Recorded<F> {
-    pub(super) fn into_frame(self) -> F {
+    pub(super) fn into_inner(self) -> F {
         self.0
     }
 }
 
-/// Counts a frame that the guest sent.
-pub fn transmitted(account: &mut Account, outcome: Outcome<Chain>) -> Recorded<Chain> {
-    record(account, outcome, 1, false)
+/// Counts the frames of a run that the guest sent: each on its own, as if they had not been put together.
+pub fn transmitted<'b, 'm>(account: &mut Account, outcome: Outcome<Run<'b, 'm>>) -> Recorded<Run<'b, 'm>> {
+    let fate = outcome.fate();
+    for (frame, joined) in outcome.of().frames() {
+        let (volume, suspect) = (frame.volume(), frame.label().is_suspect());
+        account.record(&Ended { volume, suspect, fate, elements: 1, joined }, false);
+    }
+    Recorded(outcome.into_inner())
 }
 
 /// Counts a frame that was read from the tap, and will carry this label: from now on it is in flight.
@@ -39,20 +45,17 @@ pub fn read(account: &mut Account, buffer: &ReceiveBuffer, label: FrameLabel) {
 /// Counts what became of a frame that was read from the tap.
 pub fn received(
     account: &mut Account,
-    outcome: Outcome<TapFrame>,
+    outcome: Outcome<Judged<TapFrame>>,
     buffer: &ReceiveBuffer,
 ) -> Recorded<TapFrame> {
-    record(account, outcome, buffer.heads(), !buffer.is_readable())
+    let fate = outcome.fate();
+    let (frame, label, volume) = outcome.into_inner().into_parts();
+    let ended = Ended { volume, suspect: label.is_suspect(), fate, elements: buffer.heads(), joined: 0 };
+    account.record(&ended, !buffer.is_readable());
+    Recorded(frame)
 }
 
-/// A frame's chains are given back: a worker that comes after us publishes them, if we do not.
+/// The chains are given back: a worker that comes after us publishes them, if we do not.
 pub fn confirm(account: &mut Account, _given_back: GivenBack) {
     account.confirm();
-}
-
-fn record<F>(account: &mut Account, outcome: Outcome<F>, elements: u16, unreadable: bool) -> Recorded<F> {
-    let suspect = outcome.label().is_suspect();
-    let ended = Ended { volume: outcome.volume(), suspect, fate: outcome.fate(), elements };
-    account.record(&ended, unreadable);
-    Recorded(outcome.into_frame())
 }

@@ -1,197 +1,161 @@
-//! The arena of one transmit batch: it owns the bytes that were read from guest memory, once, and what was
-//! found out about them. Everything after the copy looks at these bytes and sends these bytes.
+//! The frame in hand: a chain that was taken, and as much of its bytes as is looked at, read from guest memory
+//! once. Everything that is decided about the frame is decided by these bytes, and these bytes are sent.
 //!
 //! ```text
-//!   bytes   | vnet header | frame ......... | vnet header | frame .. |     packed, cache-hot
-//!           ^ slot 0: start      copied     ^ slot 1
-//!   tails     pieces of guest memory behind the copied start of a long frame
+//!   bytes   | vnet header | start of the frame ..... |      private, in the first-level cache
+//!   pieces                                            | the rest, still in guest memory | ... |
 //! ```
+//! The rest is copied when it is known where to: behind this start, or behind the frame before it (`coalesce`).
+//! Of a long frame it is never copied: it goes to the tap from where it is.
 
 use vm_memory::VolatileSlice;
 
 use super::{
-    chain::{Chain, Malformed, Walked},
-    ring::Pieces,
+    chain::{Chain, Malformed, Purpose},
+    ring::{OpenRing, Pieces, QueueFault},
 };
-use crate::wire::vnet::{HEADER_LEN, VnetHeader};
+use crate::wire::{
+    segment::Segment,
+    vnet::{HEADER_LEN, VnetHeader},
+};
 
 /// Most frames in one batch.
 pub const FRAMES: usize = 64;
 /// A frame up to this length is copied whole: that is the fastest way to the tap as well as the safest.
 pub const COPY_WHOLE: usize = 4096;
-/// Of a longer frame this much is copied, and only this is looked at.
+/// So much of a frame is copied at once, and only this is looked at.
 pub const COPY_PREFIX: usize = 256;
-/// Bytes that a batch copies before it ends: what stays in the first-level cache.
-const BYTES: usize = 32 << 10;
 
-const _: () = assert!(HEADER_LEN + COPY_WHOLE <= BYTES && COPY_PREFIX <= COPY_WHOLE);
-
-/// What a transmit queue keeps between batches, so that none allocates.
+/// The frame in hand; there is one at a time.
 #[derive(Debug)]
-pub struct Storage {
-    bytes: Box<[u8]>,
-    slots: [Slot; FRAMES],
-}
-
-/// One frame of a batch.
-#[derive(Clone, Copy, Debug, Default)]
-struct Slot {
-    /// Where its virtio-net header begins; the frame is right behind it.
-    start: usize,
-    /// Bytes of the frame that were copied.
-    copied: usize,
-    /// Bytes of the frame: L.
+pub struct Batch<'p, 'm> {
+    /// Virtio-net header, then the frame's start.
+    bytes: [u8; HEADER_LEN + COPY_PREFIX],
+    /// Length of the guest's virtio-net header in bytes: 12, or 10 for a driver without `VERSION_1` and
+    /// `MRG_RXBUF` (virtio 1.2, 5.1.6.1).
+    header_len: usize,
+    /// L: bytes of the frame without the header.
     len: usize,
-    /// Its pieces in `tails`: first, and how many.
-    tail: (usize, usize),
+    /// Its pieces of guest memory. (Borrowed, as it is large and to stay where it is.)
+    pieces: &'p mut Pieces<'m>,
+    /// The first piece that is not in `bytes`.
+    rest: usize,
     fault: Option<Malformed>,
+    segment: Option<Segment>,
 }
 
-/// A batch being filled, inspected and sent.
-#[derive(Debug)]
-pub struct Batch<'s, 'm> {
-    storage: &'s mut Storage,
-    frames: usize,
-    used: usize,
-    tails: Pieces<'m>,
-}
-
-/// No room for the frame in this batch: it is the first of the next one.
-#[derive(Clone, Copy, Debug)]
-pub struct Full;
-
-impl Default for Storage {
-    fn default() -> Self {
-        Self { bytes: vec![0; BYTES].into_boxed_slice(), slots: [Slot::default(); FRAMES] }
+impl<'p, 'm> Batch<'p, 'm> {
+    /// Nothing is in hand. `header_len` is the length of the guest's virtio-net header: 12 bytes, or 10.
+    pub fn new(header_len: usize, pieces: &'p mut Pieces<'m>) -> Self {
+        Self {
+            bytes: [0; HEADER_LEN + COPY_PREFIX],
+            header_len,
+            len: 0,
+            pieces,
+            rest: 0,
+            fault: None,
+            segment: None,
+        }
     }
-}
 
-impl Storage {
-    /// Begins a batch.
-    pub fn begin<'m>(&mut self) -> Batch<'_, 'm> {
-        Batch { storage: self, frames: 0, used: 0, tails: Pieces::new() }
-    }
-}
-
-impl<'m> Batch<'_, 'm> {
-    /// Copies a chain's bytes out of guest memory. `header_len` is the length of the guest's virtio-net
-    /// header: 12 bytes, or 10 for a driver without `VERSION_1` and `MRG_RXBUF` (virtio 1.2, 5.1.6.1).
+    /// Takes the next chain and copies its start out of guest memory; the frame before it is forgotten.
     ///
     /// # Errors
-    /// [`Full`]: the chain is to be un-taken.
-    pub fn take(
-        &mut self,
-        walked: Walked,
-        pieces: &[VolatileSlice<'m, ()>],
-        header_len: usize,
-    ) -> Result<Chain, Full> {
-        if self.frames >= FRAMES {
-            return Err(Full);
-        }
-        let bytes = match walked.bytes.map(|n| usize::try_from(n).unwrap_or(usize::MAX)) {
-            Ok(n) if n < header_len => Err(Malformed::ShorterThanHeader),
-            other => other,
+    /// [`QueueFault`] when the ring itself is broken.
+    pub fn take(&mut self, ring: &mut OpenRing<'_, 'm>) -> Result<Option<Chain>, QueueFault> {
+        self.pieces.clear();
+        let Some(walked) = ring.take(Purpose::Transmit, self.pieces)? else { return Ok(None) };
+        (self.len, self.rest, self.segment) = (0, 0, None);
+        self.fault = match walked.bytes.map(|n| usize::try_from(n).unwrap_or(usize::MAX)) {
+            Ok(n) if n < self.header_len => Some(Malformed::ShorterThanHeader),
+            Ok(n) => {
+                self.copy_start(n);
+                None
+            }
+            Err(fault) => Some(fault),
         };
-        let slot = match bytes {
-            Ok(bytes) => self.copy(bytes, pieces, header_len)?,
-            Err(fault) => Slot { fault: Some(fault), ..Slot::default() },
-        };
-        let place = self.frames;
-        *self.storage.slot_mut(place) = slot;
-        self.frames = self.frames.saturating_add(1);
-        Ok(Chain::new(u8::try_from(place).unwrap_or_default(), walked.head))
+        Ok(Some(Chain::new(walked.head)))
     }
 
-    fn copy(
-        &mut self,
-        bytes: usize,
-        pieces: &[VolatileSlice<'m, ()>],
-        header_len: usize,
-    ) -> Result<Slot, Full> {
-        let len = bytes.saturating_sub(header_len);
-        let copied = if len <= COPY_WHOLE { len } else { COPY_PREFIX };
-        let start = self.used;
-        let (begin, end) = (
-            start.saturating_add(HEADER_LEN.saturating_sub(header_len)),
-            start.saturating_add(HEADER_LEN).saturating_add(copied),
-        );
-        let mut rest = self.storage.bytes.get_mut(begin..end).ok_or(Full)?;
-        let first_tail = self.tails.len();
-        for piece in pieces {
-            if rest.is_empty() {
-                self.tails.try_push(*piece).map_err(|_| Full)?;
-                continue;
-            }
-            let n = piece.copy_to(rest);
+    /// Copies header and start of a chain of so many bytes.
+    fn copy_start(&mut self, bytes: usize) {
+        self.len = bytes.saturating_sub(self.header_len);
+        let begin = HEADER_LEN.saturating_sub(self.header_len);
+        let end = HEADER_LEN.saturating_add(self.len.min(COPY_PREFIX));
+        let mut room = self.bytes.get_mut(begin..end).unwrap_or_default();
+        for piece in &mut *self.pieces {
+            let n = piece.copy_to(room);
+            room = room.get_mut(n..).unwrap_or_default();
             if n < piece.len() {
-                self.tails.try_push(piece.offset(n).map_err(|_| Full)?).map_err(|_| Full)?;
+                // `n` lies within the piece.
+                *piece = piece.offset(n).unwrap_or(*piece);
+                break;
             }
-            rest = rest.get_mut(n..).unwrap_or_default();
+            self.rest = self.rest.saturating_add(1);
         }
-        self.used = end;
-        let tail = (first_tail, self.tails.len().saturating_sub(first_tail));
-        Ok(Slot { start, copied, len, tail, fault: None })
     }
 
     /// Why the chain is no frame, if it is none.
-    pub(super) fn fault(&self, chain: &Chain) -> Option<Malformed> {
-        self.slot(chain).fault
+    pub(super) const fn fault(&self) -> Option<Malformed> {
+        self.fault
     }
 
     /// The frame's length L in bytes, without the virtio-net header.
-    pub(super) fn len(&self, chain: &Chain) -> usize {
-        self.slot(chain).len
+    pub(super) const fn len(&self) -> usize {
+        self.len
     }
 
-    /// The virtio-net header as the guest wrote it; `header_len` as in [`Self::take`].
-    pub(super) fn header(&self, chain: &Chain, header_len: usize) -> VnetHeader {
+    /// The virtio-net header as the guest wrote it.
+    pub(super) fn header(&self) -> VnetHeader {
         let mut bytes = [0; HEADER_LEN];
-        let start = self.slot(chain).start;
-        let from = start.saturating_add(HEADER_LEN.saturating_sub(header_len));
-        let source = self.storage.bytes.get(from..start.saturating_add(HEADER_LEN)).unwrap_or_default();
+        let from = HEADER_LEN.saturating_sub(self.header_len);
+        let source = self.bytes.get(from..HEADER_LEN).unwrap_or_default();
         for (byte, value) in bytes.iter_mut().zip(source) {
             *byte = *value;
         }
         VnetHeader::decode(bytes)
     }
 
-    /// Puts the rebuilt virtio-net header in front of the frame: the guest's own is never sent.
-    pub(super) fn set_header(&mut self, chain: &Chain, header: VnetHeader) {
-        let start = self.slot(chain).start;
-        let end = start.saturating_add(HEADER_LEN);
-        if let Some(place) = self.storage.bytes.get_mut(start..end) {
-            place.copy_from_slice(&header.encode());
+    /// Puts the rebuilt virtio-net header in front of the frame: the guest's own is never sent. `segment`: what
+    /// the frame is as a part of a longer one.
+    pub(super) fn set_header(&mut self, header: VnetHeader, segment: Option<Segment>) {
+        if let Some(place) = self.bytes.first_chunk_mut() {
+            *place = header.encode();
         }
+        self.segment = segment;
     }
 
-    /// The copied bytes of the frame.
-    pub(super) fn prefix(&self, chain: &Chain) -> &[u8] {
-        let slot = self.slot(chain);
-        let start = slot.start.saturating_add(HEADER_LEN);
-        self.storage.bytes.get(start..start.saturating_add(slot.copied)).unwrap_or_default()
+    /// What the frame is as a part of a longer one; nothing if it goes to the tap alone.
+    pub(super) fn segment(&self) -> Option<Segment> {
+        self.segment.filter(|_| !self.is_long())
     }
 
-    /// What is written to the tap: header and copied bytes, then pieces of guest memory.
-    pub(super) fn image(&self, chain: &Chain) -> (&[u8], &[VolatileSlice<'m, ()>]) {
-        let slot = self.slot(chain);
-        let end = slot.start.saturating_add(HEADER_LEN).saturating_add(slot.copied);
-        let tail = slot.tail.0..slot.tail.0.saturating_add(slot.tail.1);
-        (
-            self.storage.bytes.get(slot.start..end).unwrap_or_default(),
-            self.tails.get(tail).unwrap_or_default(),
-        )
+    /// True if only its start is copied.
+    pub(super) const fn is_long(&self) -> bool {
+        self.len > COPY_WHOLE
     }
 
-    fn slot(&self, chain: &Chain) -> &Slot {
-        let place = usize::from(chain.slot()) % FRAMES;
-        #[expect(clippy::indexing_slicing, reason = "the remainder is below the length")]
-        &self.storage.slots[place]
+    /// The copied start of the frame: at most [`COPY_PREFIX`] bytes.
+    pub(super) fn prefix(&self) -> &[u8] {
+        self.image().get(HEADER_LEN..).unwrap_or_default()
     }
-}
 
-impl Storage {
-    fn slot_mut(&mut self, place: usize) -> &mut Slot {
-        #[expect(clippy::indexing_slicing, reason = "the remainder is below the length")]
-        &mut self.slots[place % FRAMES]
+    /// The virtio-net header and the copied start of the frame.
+    pub(super) fn image(&self) -> &[u8] {
+        let end = HEADER_LEN.saturating_add(self.len.min(COPY_PREFIX));
+        self.bytes.get(..end).unwrap_or_default()
+    }
+
+    /// What is behind the start, in guest memory.
+    pub(super) fn rest(&self) -> &[VolatileSlice<'m, ()>] {
+        self.pieces.get(self.rest..).unwrap_or_default()
+    }
+
+    /// Copies what is behind the start out of guest memory.
+    pub(super) fn copy_rest(&self, mut into: &mut [u8]) {
+        for piece in self.rest() {
+            let n = piece.copy_to(into);
+            into = into.get_mut(n..).unwrap_or_default();
+        }
     }
 }

@@ -46,23 +46,18 @@ pub enum Purpose {
     Receive,
 }
 
-/// A chain that was taken from the transmit ring and whose bytes are in the batch.
+/// A chain that was taken from the transmit ring and whose bytes are in hand.
 ///
 /// It is made by `Batch::take` only, and ends in `OpenRing::give_back` or is un-taken.
 #[derive(Debug)]
 #[must_use = "a chain that is not given back is a buffer that the guest has lost"]
 pub struct Chain {
-    slot: u8,
     head: u16,
 }
 
 impl Chain {
-    pub(super) const fn new(slot: u8, head: u16) -> Self {
-        Self { slot, head }
-    }
-    /// Where its bytes are in the batch.
-    pub(super) const fn slot(&self) -> u8 {
-        self.slot
+    pub(super) const fn new(head: u16) -> Self {
+        Self { head }
     }
     pub(super) const fn into_head(self) -> u16 {
         self.head

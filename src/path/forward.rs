@@ -15,15 +15,12 @@ use rustix::{
 use vm_memory::VolatileSlice;
 
 use super::{
-    batch::Batch,
-    chain::Chain,
+    coalesce::Run,
     judge::{Judged, Verdict},
+    place::TapFrame,
     ring::PIECES,
 };
-use crate::{
-    label::FrameLabel,
-    ledger::{Account, DropReason, Fate, Volume},
-};
+use crate::ledger::{Account, DropReason, Fate};
 
 /// The tap, as a worker sees it: one frame with a 12-byte virtio-net header per read or write, never
 /// blocking. (Any datagram descriptor will do, which the tests use.)
@@ -87,60 +84,66 @@ impl AsFd for Tap {
     }
 }
 
-/// A frame of which nothing remains to be done but to count it.
+/// A frame, or a run of frames, of which nothing remains to be done but to count it.
 #[derive(Debug)]
 #[must_use]
 pub struct Outcome<F> {
-    frame: F,
-    label: FrameLabel,
-    volume: Volume,
+    of: F,
     fate: Fate,
 }
 
 impl<F> Outcome<F> {
-    pub(super) fn new(judged: Judged<F>, fate: Fate) -> Self {
-        let (frame, label, volume) = judged.into_parts();
-        Self { frame, label, volume, fate }
-    }
-    pub(super) const fn label(&self) -> FrameLabel {
-        self.label
-    }
-    pub(super) const fn volume(&self) -> Volume {
-        self.volume
-    }
     pub(super) const fn fate(&self) -> Fate {
         self.fate
     }
-    pub(super) fn into_frame(self) -> F {
-        self.frame
+    pub(super) const fn of(&self) -> &F {
+        &self.of
+    }
+    pub(super) fn into_inner(self) -> F {
+        self.of
     }
 }
 
-/// The tap takes no more now: nothing happened to the frame. It and everything after it is un-taken.
-#[derive(Debug)]
+impl Outcome<Judged<TapFrame>> {
+    /// Of a frame from the tap, whose end `place` decides.
+    pub(super) const fn new(of: Judged<TapFrame>, fate: Fate) -> Self {
+        Self { of, fate }
+    }
+}
+
+/// Why a run was not sent. Nothing happened to its frames: they are un-taken, and nothing is counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
-pub struct TapFull(());
+pub enum Unsent {
+    /// The tap takes no more now.
+    TapFull,
+    /// The kernel does not take these frames as one: they are to be sent one by one.
+    NotAsOne,
+}
 
 /// Carries out a verdict.
 ///
 /// # Errors
-/// [`TapFull`]: the frame was not sent and is not to be counted.
-pub fn forward(
-    judged: Judged<Chain>,
-    batch: &Batch<'_, '_>,
+/// [`Unsent`].
+pub fn forward<'b, 'm>(
+    mut run: Run<'b, 'm>,
     tap: &Tap,
     account: &mut Account,
-) -> Result<Outcome<Chain>, TapFull> {
-    let fate = match judged.verdict() {
+) -> Result<Outcome<Run<'b, 'm>>, Unsent> {
+    let fate = match run.verdict() {
         Verdict::Drop(reason) => Fate::Dropped(reason),
         Verdict::Forward => {
-            let (head, tail) = batch.image(judged.frame());
-            account.begin_tap_operation();
+            account.begin_tap_operation(run.len());
+            let (head, tail) = run.image();
             match tap.write(head, tail) {
                 Ok(_) => Fate::Passed,
                 Err(Errno::AGAIN) => {
                     account.withdraw_tap_operation();
-                    return Err(TapFull(()));
+                    return Err(Unsent::TapFull);
+                }
+                Err(Errno::INVAL) if run.len() > 1 => {
+                    account.withdraw_tap_operation();
+                    return Err(Unsent::NotAsOne);
                 }
                 Err(Errno::IO | Errno::BADFD | Errno::NETDOWN | Errno::NODEV) => {
                     Fate::Dropped(DropReason::TapDown)
@@ -149,5 +152,5 @@ pub fn forward(
             }
         }
     };
-    Ok(Outcome::new(judged, fate))
+    Ok(Outcome { of: run, fate })
 }

@@ -11,12 +11,30 @@ use crate::{
     ledger::{DropReason, Volume},
     wire::{
         Headers,
+        segment::Segment,
         vnet::{self, Checked, NegotiatedOffloads, OffloadFault, Size},
     },
 };
 
 /// Shortest frame: an Ethernet header (IEEE 802.3, without padding).
 const ETHERNET_HEADER: usize = 14;
+
+/// Which frames may be put together on their way to the tap.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Coalesce {
+    /// None.
+    Nothing,
+    /// TCP segments.
+    Tcp,
+    /// TCP segments and UDP datagrams: the kernel knows how to cut the latter (Linux 6.2 and later).
+    TcpAndUdp,
+}
+
+impl Coalesce {
+    fn allows(self, segment: &Segment) -> bool {
+        self == Self::TcpAndUdp || self == Self::Tcp && !segment.is_udp()
+    }
+}
 
 /// What the port's two sides agreed on.
 #[derive(Clone, Copy, Debug)]
@@ -27,6 +45,8 @@ pub struct Link {
     pub negotiated: NegotiatedOffloads,
     /// Length of the guest's virtio-net header in bytes: 12, or 10 for a legacy driver.
     pub header_len: usize,
+    /// Which frames may be put together on their way to the tap.
+    pub coalesce: Coalesce,
 }
 
 /// A frame that was looked at.
@@ -50,18 +70,17 @@ impl<F> Inspected<F> {
 
 /// Looks at a frame that the guest sends, and puts a rebuilt virtio-net header in front of it.
 pub fn transmitted(labelled: Labelled<Chain>, batch: &mut Batch<'_, '_>, link: &Link) -> Inspected<Chain> {
-    let chain = labelled.frame();
-    let len = batch.len(chain);
-    let findings = if batch.fault(chain).is_some() {
+    let len = batch.len();
+    let findings = if batch.fault().is_some() {
         Findings::malformed()
     } else if len < ETHERNET_HEADER {
         Findings::plain(len, Some(DropReason::Runt))
     } else {
-        let headers = Headers::parse(batch.prefix(chain), len);
-        let header = batch.header(chain, link.header_len);
-        let checked = vnet::check_transmit(header, &headers, len, link.negotiated);
+        let headers = Headers::parse(batch.prefix(), len);
+        let checked = vnet::check_transmit(batch.header(), &headers, len, link.negotiated);
         if let Ok(checked) = &checked {
-            batch.set_header(chain, checked.header());
+            let segment = Segment::of(&headers, checked.header(), len).filter(|s| link.coalesce.allows(s));
+            batch.set_header(checked.header(), segment);
         }
         Findings::of(checked, &headers, len, link)
     };

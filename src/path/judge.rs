@@ -28,8 +28,15 @@ pub struct Judged<F> {
 }
 
 impl<F> Judged<F> {
-    pub(super) const fn frame(&self) -> &F {
-        &self.frame
+    /// The label that it carries.
+    #[must_use]
+    pub const fn label(&self) -> FrameLabel {
+        self.label
+    }
+    /// Its size in every unit.
+    #[must_use]
+    pub const fn volume(&self) -> Volume {
+        self.volume
     }
     /// What is to be done with it.
     #[must_use]

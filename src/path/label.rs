@@ -20,9 +20,6 @@ pub const fn attach<F>(frame: F, policy: &Policy) -> Labelled<F> {
 }
 
 impl<F> Labelled<F> {
-    pub(super) const fn frame(&self) -> &F {
-        &self.frame
-    }
     pub(super) fn into_parts(self) -> (F, FrameLabel) {
         (self.frame, self.label)
     }

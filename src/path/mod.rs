@@ -1,10 +1,10 @@
 //! The path of a frame between a guest's virtqueues and its tap.
 //!
 //! ```text
-//! transmit  ring.take -> Chain ---> Labelled -> Inspected -> Judged -> Outcome -> Recorded -> ring.give_back
-//! receive   tap.read --> TapFrame -> Labelled -> Inspected -> Judged -> Outcome -> Recorded -> ring.give_back
-//!                                   label       inspect      judge     forward    account     account.confirm
-//!                                                                      place                  ring.publish
+//! transmit  ring.take -> Chain ---> Labelled -> Inspected -> Judged -> Run -> Outcome -> Recorded -> ring.give_back
+//! receive   tap.read --> TapFrame -> Labelled -> Inspected -> Judged --------> Outcome -> Recorded -> ring.give_back
+//!                                   label       inspect      judge  coalesce  forward    account     account.confirm
+//!                                                                             place                  ring.publish
 //! ```
 //!
 //! Each type has private fields and is made in one module, by consuming the one before it; so the order of the
@@ -22,28 +22,33 @@
 //! ```
 //! A frame that was not judged cannot be forwarded:
 //! ```compile_fail,E0308
-//! # use vmflow::{ledger::Account, path::{chain::Chain, batch::Batch, inspect::Inspected, forward::{self, Tap}}};
-//! fn skip_verdict(frame: Inspected<Chain>, batch: &Batch, tap: &Tap, account: &mut Account) {
-//!     let _ = forward::forward(frame, batch, tap, account);
+//! # use vmflow::{ledger::Account, path::{chain::Chain, inspect::Inspected, forward::{self, Tap}}};
+//! fn skip_verdict(frame: Inspected<Chain>, tap: &Tap, account: &mut Account) {
+//!     let _ = forward::forward(frame, tap, account);
 //! }
 //! ```
-//! Nor can one frame be forwarded twice:
+//! Nor can it join a run of frames that were:
+//! ```compile_fail,E0308
+//! # use vmflow::path::{batch::Batch, chain::Chain, coalesce::Run, inspect::Inspected};
+//! fn join_unjudged(run: &mut Run, frame: Inspected<Chain>, batch: &Batch) { let _ = run.join(frame, batch); }
+//! ```
+//! Nor can a run be forwarded twice:
 //! ```compile_fail,E0382
-//! # use vmflow::{ledger::Account, path::{chain::Chain, batch::Batch, judge::Judged, forward::{self, Tap}}};
-//! fn twice(frame: Judged<Chain>, batch: &Batch, tap: &Tap, account: &mut Account) {
-//!     let _ = forward::forward(frame, batch, tap, account);
-//!     let _ = forward::forward(frame, batch, tap, account);
+//! # use vmflow::{ledger::Account, path::{coalesce::Run, forward::{self, Tap}}};
+//! fn twice(run: Run, tap: &Tap, account: &mut Account) {
+//!     let _ = forward::forward(run, tap, account);
+//!     let _ = forward::forward(run, tap, account);
 //! }
 //! ```
 //! A frame that was not counted cannot be given back to the guest:
 //! ```compile_fail,E0308
-//! # use vmflow::path::{chain::Chain, forward::Outcome, ring::OpenRing};
-//! fn skip_account(outcome: Outcome<Chain>, ring: &mut OpenRing) { let _ = ring.give_back(outcome); }
+//! # use vmflow::path::{coalesce::Run, forward::Outcome, ring::OpenRing};
+//! fn skip_account(outcome: Outcome<Run>, ring: &mut OpenRing) { let _ = ring.give_back(outcome); }
 //! ```
 //! A frame that was not given back cannot be confirmed in the ledger, where a later worker would find it:
 //! ```compile_fail,E0308
-//! # use vmflow::{ledger::Account, path::{account::{self, Recorded}, chain::Chain}};
-//! fn skip_give_back(recorded: Recorded<Chain>, ledger: &mut Account) { account::confirm(ledger, recorded); }
+//! # use vmflow::{ledger::Account, path::{account::{self, Recorded}, coalesce::Run}};
+//! fn skip_give_back(recorded: Recorded<Run>, ledger: &mut Account) { account::confirm(ledger, recorded); }
 //! ```
 //! And nothing becomes visible to the guest before it is in the ledger:
 //! ```compile_fail,E0061
@@ -59,6 +64,7 @@
 pub mod account;
 pub mod batch;
 pub mod chain;
+pub mod coalesce;
 pub mod forward;
 pub mod inspect;
 pub mod judge;

@@ -121,7 +121,7 @@ impl ReceiveBuffer {
 #[derive(Debug)]
 pub enum Placed {
     /// The frame is at its end.
-    Done(Outcome<TapFrame>),
+    Done(Outcome<Judged<TapFrame>>),
     /// The guest has too few buffers now: nothing was taken, and the frame waits.
     Waits(Judged<TapFrame>),
     /// The ring is broken; the frame waits for the guest's reset.

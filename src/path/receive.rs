@@ -125,7 +125,7 @@ impl Receive {
             Ok(false) => return Err(End::RingEmpty),
             Err(fault) => return Err(End::Fault(fault)),
         }
-        self.account.begin_tap_operation();
+        self.account.begin_tap_operation(1);
         let Some(frame) = self.buffer.read(port.tap) else {
             self.account.withdraw_tap_operation();
             return Err(End::TapEmpty);

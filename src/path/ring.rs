@@ -15,7 +15,7 @@ use vm_memory::{
 
 use super::{
     account::Recorded,
-    chain::Chain,
+    coalesce::Run,
     place::{ReceiveBuffer, TapFrame},
 };
 use crate::ledger::{Account, Committed, RingIdentity, fault::may_die};
@@ -184,9 +184,11 @@ impl<'a, 'm> OpenRing<'a, 'm> {
         self.next = self.next.wrapping_sub(n);
     }
 
-    /// Gives a transmit chain back. Only a frame that was counted can be given back.
-    pub fn give_back(&mut self, recorded: Recorded<Chain>) -> GivenBack {
-        self.give_back_head(recorded.into_frame().into_head(), 0);
+    /// Gives the chains of a run back. Only frames that were counted can be given back.
+    pub fn give_back(&mut self, recorded: Recorded<Run<'_, '_>>) -> GivenBack {
+        for chain in recorded.into_inner().into_chains() {
+            self.give_back_head(chain.into_head(), 0);
+        }
         GivenBack(())
     }
 
@@ -196,7 +198,7 @@ impl<'a, 'm> OpenRing<'a, 'm> {
         recorded: Recorded<TapFrame>,
         buffer: &mut ReceiveBuffer,
     ) -> GivenBack {
-        let _the_frame_in_the_buffer = recorded.into_frame();
+        let _the_frame_in_the_buffer = recorded.into_inner();
         for (head, bytes) in buffer.drain_heads() {
             self.give_back_head(head, bytes);
         }

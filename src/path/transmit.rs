@@ -1,13 +1,13 @@
 //! One turn of transmit: up to a batch of frames from the guest to the tap.
 
-use arrayvec::ArrayVec;
 use virtio_queue::Queue;
 
 use super::{
     Port, Turn, account,
-    batch::{Batch, FRAMES, Storage},
-    chain::{Chain, Purpose},
-    forward::forward,
+    batch::{Batch, FRAMES},
+    chain::Chain,
+    coalesce::{Run, Storage},
+    forward::{Unsent, forward},
     inspect,
     judge::{Judged, judge},
     label,
@@ -19,6 +19,8 @@ use crate::ledger::Account;
 #[derive(Debug)]
 pub struct Transmit {
     storage: Storage,
+    /// So many frames go one by one: the kernel did not take them as one.
+    singly: usize,
     account: Account,
 }
 
@@ -26,16 +28,28 @@ pub struct Transmit {
 enum End {
     /// The ring is empty.
     Empty,
-    /// The batch is full; there may be more.
+    /// The batch is full, or to be begun anew; there may be more.
     Full,
+    /// The tap takes no more.
+    TapFull,
     Fault(QueueFault),
+}
+
+/// Takes frames, until the batch is full or the ring empty.
+struct Intake<'t, 'a, 'm> {
+    ring: &'t mut OpenRing<'a, 'm>,
+    port: &'t Port<'t>,
+    batch: Batch<'t, 'm>,
+    taken: usize,
+    /// Why no more frames come.
+    end: End,
 }
 
 impl Transmit {
     /// Counts in this account.
     #[must_use]
     pub fn new(account: Account) -> Self {
-        Self { storage: Storage::default(), account }
+        Self { storage: Storage::default(), singly: 0, account }
     }
 
     /// Before a ring's first batch: see [`settle`](super::ring::settle).
@@ -68,52 +82,96 @@ impl Transmit {
         let areas = Areas::find(queue, memory)?;
         let mut ring = OpenRing::open(queue, &areas)?;
         ring.suppress();
-        let mut batch = self.storage.begin();
-        let mut frames = ArrayVec::new();
-        let end = fill(&mut ring, &mut batch, &mut frames, port);
-        let mut waiting = u16::try_from(frames.len()).unwrap_or(u16::MAX);
-        for judged in frames {
-            let Ok(outcome) = forward(judged, &batch, port.tap, &mut self.account) else { break };
-            let given_back = ring.give_back(account::transmitted(&mut self.account, outcome));
-            account::confirm(&mut self.account, given_back);
-            waiting = waiting.saturating_sub(1);
-        }
-        // The tap is full: the frame that it refused, and everything after it, goes back untouched. The tap
-        // tells when there is room.
-        ring.untake(waiting);
-        let room = waiting == 0 || port.tap.has_room();
+        let mut pieces = Pieces::new();
+        let batch = Batch::new(port.link.header_len, &mut pieces);
+        let end = self.send_all(Intake { ring: &mut ring, port, batch, taken: 0, end: End::Empty });
+        // The tap tells when there is room again, if there is none now.
+        let tap_full = matches!(end, End::TapFull) && !port.tap.has_room();
         let more = match end {
-            _ if waiting > 0 => Ok(room),
             End::Empty => ring.rearm(),
             End::Full => Ok(true),
+            End::TapFull => Ok(!tap_full),
             End::Fault(fault) => Err(fault),
         };
         let signal = ring.end(&mut self.account);
-        Ok(Turn { signal, more: more == Ok(true), tap_full: !room, fault: more.err() })
+        Ok(Turn { signal, more: more == Ok(true), tap_full, fault: more.err() })
+    }
+
+    /// Sends one run after the other. A frame that follows none begins the next one.
+    fn send_all(&mut self, mut intake: Intake<'_, '_, '_>) -> End {
+        let mut next = intake.next();
+        while let Some(judged) = next.take() {
+            let run = if intake.batch.is_long() {
+                Run::long(&mut self.storage, judged, &intake.batch)
+            } else {
+                let mut run = Run::short(&mut self.storage, judged, &intake.batch);
+                if self.singly == 0 {
+                    next = intake.grow(&mut run);
+                }
+                run
+            };
+            let frames = run.len();
+            match forward(run, intake.port.tap, &mut self.account) {
+                Ok(outcome) => {
+                    let recorded = account::transmitted(&mut self.account, outcome);
+                    let given_back = intake.ring.give_back(recorded);
+                    account::confirm(&mut self.account, given_back);
+                }
+                Err(unsent) => {
+                    intake.untake(frames.saturating_add(next.is_some().into()));
+                    if unsent == Unsent::TapFull {
+                        return End::TapFull;
+                    }
+                    self.singly = frames;
+                    return End::Full;
+                }
+            }
+            self.singly = self.singly.saturating_sub(frames);
+            if next.is_none() {
+                next = intake.next();
+            }
+        }
+        intake.end
     }
 }
 
-/// Takes, labels, inspects and judges frames until the ring is empty or the batch full.
-fn fill<'m>(
-    ring: &mut OpenRing<'_, 'm>,
-    batch: &mut Batch<'_, 'm>,
-    frames: &mut ArrayVec<Judged<Chain>, FRAMES>,
-    port: &Port<'_>,
-) -> End {
-    let mut pieces = Pieces::new();
-    while !frames.is_full() {
-        pieces.clear();
-        let walked = match ring.take(Purpose::Transmit, &mut pieces) {
-            Ok(Some(walked)) => walked,
-            Ok(None) => return End::Empty,
-            Err(fault) => return End::Fault(fault),
-        };
-        let Ok(chain) = batch.take(walked, &pieces, port.link.header_len) else {
-            ring.untake(1);
-            return End::Full;
-        };
-        let inspected = inspect::transmitted(label::attach(chain, port.policy), batch, &port.link);
-        frames.push(judge(inspected, port.policy));
+impl<'m> Intake<'_, '_, 'm> {
+    /// Takes, labels, inspects and judges the next frame.
+    fn next(&mut self) -> Option<Judged<Chain>> {
+        if self.taken == FRAMES {
+            self.end = End::Full;
+            return None;
+        }
+        match self.batch.take(self.ring) {
+            Ok(Some(chain)) => {
+                self.taken = self.taken.saturating_add(1);
+                let labelled = label::attach(chain, self.port.policy);
+                let inspected = inspect::transmitted(labelled, &mut self.batch, &self.port.link);
+                Some(judge(inspected, self.port.policy))
+            }
+            Ok(None) => {
+                self.end = End::Empty;
+                None
+            }
+            Err(fault) => {
+                self.end = End::Fault(fault);
+                None
+            }
+        }
     }
-    End::Full
+
+    /// Lets a run grow as long as frames follow that belong to it; gives the first one that does not.
+    fn grow(&mut self, run: &mut Run<'_, 'm>) -> Option<Judged<Chain>> {
+        while run.may_grow() {
+            if let Err(other) = run.join(self.next()?, &self.batch) {
+                return Some(other);
+            }
+        }
+        None
+    }
+
+    /// Un-takes the last frames: they are found again in the next batch.
+    fn untake(&mut self, frames: usize) {
+        self.ring.untake(u16::try_from(frames).unwrap_or(u16::MAX));
+    }
 }

@@ -12,6 +12,7 @@
 //!
 //! * [`link`], [`net`], [`transport`]: one layer each.
 //! * [`Headers::parse`] puts them together: offsets, facts, and the [`FlowKey`].
+//! * [`segment`]: which frames the kernel would give back if they were written to the tap as one.
 //! * [`vnet`]: which checksum and segmentation offloads may be asked for, and how many packets a frame becomes.
 //!
 //! Where parsing stops early, [`Headers::unclassified`] says why; what was parsed before that is there.
@@ -24,6 +25,7 @@
 pub mod key;
 pub mod link;
 pub mod net;
+pub mod segment;
 pub mod transport;
 pub mod vnet;
 

@@ -42,8 +42,8 @@ pub mod protocol {
 /// How many extension headers are looked behind: more than RFC 8200 has use for, few enough to bound the work.
 pub const MAX_EXTENSIONS: usize = 8;
 
-const IPV4_HEADER: usize = 20;
-const IPV6_HEADER: usize = 40;
+pub(super) const IPV4_HEADER: usize = 20;
+pub(super) const IPV6_HEADER: usize = 40;
 /// Extension headers count their length in these, less the first; the fragment header is one.
 const EXTENSION_UNIT: usize = 8;
 /// The authentication header's length is in these, less the first two.

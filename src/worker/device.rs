@@ -29,7 +29,7 @@ use crate::{
     path::{
         self, Turn,
         forward::Tap,
-        inspect::Link,
+        inspect::{Coalesce, Link},
         receive::Receive,
         ring::{Memory, QueueFault},
         transmit::Transmit,
@@ -281,6 +281,11 @@ impl Device {
             mtu: self.brief.mtu,
             negotiated: NegotiatedOffloads::from_features(acked),
             header_len: if modern { HEADER_LEN } else { LEGACY_HEADER_LEN },
+            coalesce: match (self.brief.coalesce, self.brief.uso) {
+                (false, _) => Coalesce::Nothing,
+                (true, false) => Coalesce::Tcp,
+                (true, true) => Coalesce::TcpAndUdp,
+            },
         }
     }
 

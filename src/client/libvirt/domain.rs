@@ -118,7 +118,7 @@ fn said_by_metadata(domain: Node<'_, '_>) -> Result<BTreeMap<String, Map<String,
 fn value(key: &str, text: &str) -> Value {
     match key {
         "mtu" | "queue_pairs" => text.parse::<i64>().map_or_else(|_| text.into(), Value::from),
-        "control_queue" => text.parse::<bool>().map_or_else(|_| text.into(), Value::from),
+        "control_queue" | "coalesce" => text.parse::<bool>().map_or_else(|_| text.into(), Value::from),
         "peer" => json!({ "uid": text }),
         _ => text.into(),
     }

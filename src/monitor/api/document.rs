@@ -109,7 +109,7 @@ pub struct PortStats {
     pub queue_pairs: u16,
     /// Workers that died. Another one took over, and the front end noticed nothing; or it was connected anew.
     pub worker_restarts: u64,
-    /// Tap writes and reads whose end is unknown, because a worker died in them.
+    /// Frames of the tap writes and reads whose end is unknown, because a worker died in them.
     pub uncertain: u64,
     /// Queues that stopped because the guest broke them.
     pub queue_faults: u64,

@@ -75,7 +75,7 @@ pub struct DirectionCounters {
     /// Queues that stopped because the guest broke them.
     #[serde(skip_serializing_if = "is_zero")]
     pub queue_faults: u64,
-    /// Tap writes or reads whose end is unknown, because a worker died in them.
+    /// Frames of the tap writes and reads whose end is unknown, because a worker died in them.
     #[serde(skip_serializing_if = "is_zero")]
     pub uncertain: u64,
     /// Counters of the ledger that were not believed, because they went back.

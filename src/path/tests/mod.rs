@@ -9,7 +9,7 @@ use super::{
     Port, Turn,
     batch::{COPY_WHOLE, FRAMES},
     forward::Tap,
-    inspect::Link,
+    inspect::{Coalesce, Link},
     receive::Receive,
     ring::{Memory, QueueFault},
     transmit::Transmit,
@@ -22,6 +22,7 @@ use crate::{
     wire::vnet::{HEADER_LEN, NegotiatedOffloads},
 };
 
+mod coalesce;
 mod receive;
 mod recovery;
 mod transmit;
@@ -53,6 +54,7 @@ struct Rig {
     acked: u64,
     avail: u16,
     mtu: u16,
+    coalesce: Coalesce,
     /// The ring's first batch is still to come.
     fresh: bool,
 }
@@ -83,6 +85,7 @@ fn rig() -> Rig {
         acked: features::VERSION_1 | features::MRG_RXBUF,
         tap: Tap::new(OwnedFd::from(near)),
         mtu: 1500,
+        coalesce: Coalesce::TcpAndUdp,
         avail: 0,
         fresh: true,
         memory,
@@ -140,6 +143,7 @@ impl Rig {
             mtu: self.mtu,
             negotiated: NegotiatedOffloads::from_features(self.acked),
             header_len: if modern { HEADER_LEN } else { 10 },
+            coalesce: self.coalesce,
         }
     }
 

@@ -3,6 +3,8 @@
 //!
 //! The model is what the outside saw: the far end of the tap, and the guest's used ring.
 
+use vmflow_driver::frame::{Ends, pattern};
+
 use super::*;
 use crate::{
     ledger::{fault, recover},
@@ -118,6 +120,59 @@ fn a_successor_that_dies_too_changes_nothing_about_it() {
             }
         }
     }
+}
+
+/// Runs of three, one and two datagrams, each of a length of its own, with a runt in between: the longest first, so
+/// that each may follow the one before it, and no two runs are of one flow.
+fn offer_runs(rig: &mut Rig) {
+    let flow = |n: u16| Ends { ports: [n, 9], ..Ends::default() };
+    let datagram = |n, len| flow(n).udp(&pattern(len, len as u64));
+    let frames = [
+        datagram(1, 90),
+        datagram(1, 90),
+        datagram(1, 80),
+        frame(13),
+        datagram(2, 70),
+        datagram(3, 60),
+        datagram(3, 50),
+    ];
+    for (n, frame) in (0..).zip(frames) {
+        rig.offer(n, &with_header(&frame));
+    }
+}
+
+/// The payload bytes of each write of [`offer_runs`], in order.
+const RUNS: [usize; 3] = [260, 70, 110];
+
+#[test]
+fn a_worker_that_dies_in_a_run_of_frames_leaves_that_run_uncertain_and_no_other() {
+    let mut moments = 0;
+    loop {
+        let mut rig = rig();
+        offer_runs(&mut rig);
+        let deaths = rig.with_deaths(moments, Next::Lives, send_all);
+        let case = format!("dies after {moments}");
+        let mut arrived: Vec<usize> =
+            std::iter::from_fn(|| rig.at_far_end()).map(|f| f.len() - 12 - 42).collect();
+        let uncertain = rig.uncertain(Part::transmit(0));
+        let frames_of = |run: &usize| RUNS.iter().zip([3, 1, 2]).find(|(len, _)| *len == run).unwrap().1;
+        let doubled: u64 = arrived.iter().map(frames_of).sum::<u64>() - 6;
+        assert!(
+            doubled <= uncertain && uncertain <= 3 * deaths,
+            "{case}: {doubled} doubled, {uncertain} uncertain"
+        );
+        arrived.dedup();
+        assert_eq!(arrived, RUNS, "{case}");
+        let sent = rig.sent();
+        assert_eq!((sent.chains, sent.passed.frames, sent.tap_operations), (7, 6, 3), "{case}");
+        assert_eq!((sent.passed.bytes, sent.tap_bytes), (440 + 6 * 42, 440 + 3 * 42), "{case}");
+        assert_eq!(rig.used_index(), 7, "{case}");
+        if deaths == 0 {
+            break;
+        }
+        moments += 1;
+    }
+    assert!(moments > 100, "{moments} moments only: are the stores watched?");
 }
 
 /// What the host sends: the second frame needs three buffers, and waits for the third.
