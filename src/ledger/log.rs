@@ -68,8 +68,8 @@ impl Entry {
             Fate::Passed => 0,
             Fate::Dropped(reason) => 1 + reason.index() as u64,
         };
-        let flags = [(suspect, SUSPECT), (self.held, HELD), (self.unreadable, UNREADABLE)];
-        let flags = flags.into_iter().filter(|(set, _)| *set).fold(0, |all, (_, bit)| all | bit);
+        let bit = |set, bit| if set { bit } else { 0 };
+        let flags = bit(suspect, SUSPECT) | bit(self.held, HELD) | bit(self.unreadable, UNREADABLE);
         [
             // A frame is no longer than 2^20 bytes, so it has no more packets than these bits can say.
             volume.packets & LOW_24

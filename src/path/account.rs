@@ -28,7 +28,7 @@ impl<F> Recorded<F> {
 }
 
 /// Counts the frames of a run that the guest sent: each on its own, as if they had not been put together.
-pub fn transmitted<'b, 'm>(account: &mut Account, outcome: Outcome<Run<'b, 'm>>) -> Recorded<Run<'b, 'm>> {
+pub fn transmitted<'b>(account: &mut Account, outcome: Outcome<Run<'b>>) -> Recorded<Run<'b>> {
     let fate = outcome.fate();
     for (frame, joined) in outcome.of().frames() {
         let (volume, suspect) = (frame.volume(), frame.label().is_suspect());

@@ -6,9 +6,19 @@
 //!   pieces                                            | the rest, still in guest memory | ... |
 //! ```
 //! The rest is copied when it is known where to: behind this start, or behind the frame before it (`coalesce`).
-//! Of a long frame it is never copied: it goes to the tap from where it is.
-
-use vm_memory::VolatileSlice;
+//!
+//! All of a frame is copied, however long it is. That is safe: nobody can change what was judged. And it costs
+//! nothing: writing the rest from where it is, by an iovec, was slower at every length but the longest. Measured
+//! by `cargo bench --bench copy` on two shared processors, Linux 6.18; ratios, as times depend on the machine:
+//!
+//! | frame in bytes | CPU time of start copied + iovec / all copied |
+//! |---|---|
+//! | 256 | 1.04 |
+//! | 512 .. 4,096 | 1.23 .. 1.28 |
+//! | 9,014 | 1.20 |
+//! | 16,384 | 1.13 |
+//! | 32,768 | 1.03 |
+//! | 65,000 (in one piece, which a guest's never is) | 0.92 .. 1.01 |
 
 use super::{
     chain::{Chain, Malformed, Purpose},
@@ -21,10 +31,13 @@ use crate::wire::{
 
 /// Most frames in one batch.
 pub const FRAMES: usize = 64;
-/// A frame up to this length is copied whole: that is the fastest way to the tap as well as the safest.
-pub const COPY_WHOLE: usize = 4096;
+/// Longest frame that can pass: an IPv6 packet with a payload of 65,535 bytes behind an Ethernet header with two
+/// tags.
+pub const FRAME_MAX: usize = 14 + 2 * 4 + 40 + 65_535;
 /// So much of a frame is copied at once, and only this is looked at.
 pub const COPY_PREFIX: usize = 256;
+/// So many chains before its turn a buffer is fetched from memory.
+const AHEAD: u16 = 4;
 
 /// The frame in hand; there is one at a time.
 #[derive(Debug)]
@@ -64,6 +77,7 @@ impl<'p, 'm> Batch<'p, 'm> {
     /// [`QueueFault`] when the ring itself is broken.
     pub fn take(&mut self, ring: &mut OpenRing<'_, 'm>) -> Result<Option<Chain>, QueueFault> {
         self.pieces.clear();
+        ring.fetch_ahead(AHEAD);
         let Some(walked) = ring.take(Purpose::Transmit, self.pieces)? else { return Ok(None) };
         (self.len, self.rest, self.segment) = (0, 0, None);
         self.fault = match walked.bytes.map(|n| usize::try_from(n).unwrap_or(usize::MAX)) {
@@ -83,15 +97,15 @@ impl<'p, 'm> Batch<'p, 'm> {
         let begin = HEADER_LEN.saturating_sub(self.header_len);
         let end = HEADER_LEN.saturating_add(self.len.min(COPY_PREFIX));
         let mut room = self.bytes.get_mut(begin..end).unwrap_or_default();
-        for piece in &mut *self.pieces {
+        for piece in self.pieces.iter_mut() {
             let n = piece.copy_to(room);
-            room = room.get_mut(n..).unwrap_or_default();
             if n < piece.len() {
                 // `n` lies within the piece.
                 *piece = piece.offset(n).unwrap_or(*piece);
                 break;
             }
             self.rest = self.rest.saturating_add(1);
+            room = room.get_mut(n..).unwrap_or_default();
         }
     }
 
@@ -107,11 +121,11 @@ impl<'p, 'm> Batch<'p, 'm> {
 
     /// The virtio-net header as the guest wrote it.
     pub(super) fn header(&self) -> VnetHeader {
-        let mut bytes = [0; HEADER_LEN];
-        let from = HEADER_LEN.saturating_sub(self.header_len);
-        let source = self.bytes.get(from..HEADER_LEN).unwrap_or_default();
-        for (byte, value) in bytes.iter_mut().zip(source) {
-            *byte = *value;
+        let mut bytes = self.bytes.first_chunk().copied().unwrap_or_default();
+        if self.header_len < HEADER_LEN {
+            // A legacy header lies against the frame, and has no num_buffers.
+            bytes.rotate_left(HEADER_LEN.saturating_sub(self.header_len));
+            bytes.get_mut(self.header_len..).unwrap_or_default().fill(0);
         }
         VnetHeader::decode(bytes)
     }
@@ -126,13 +140,8 @@ impl<'p, 'm> Batch<'p, 'm> {
     }
 
     /// What the frame is as a part of a longer one; nothing if it goes to the tap alone.
-    pub(super) fn segment(&self) -> Option<Segment> {
-        self.segment.filter(|_| !self.is_long())
-    }
-
-    /// True if only its start is copied.
-    pub(super) const fn is_long(&self) -> bool {
-        self.len > COPY_WHOLE
+    pub(super) const fn segment(&self) -> Option<Segment> {
+        self.segment
     }
 
     /// The copied start of the frame: at most [`COPY_PREFIX`] bytes.
@@ -146,14 +155,9 @@ impl<'p, 'm> Batch<'p, 'm> {
         self.bytes.get(..end).unwrap_or_default()
     }
 
-    /// What is behind the start, in guest memory.
-    pub(super) fn rest(&self) -> &[VolatileSlice<'m, ()>] {
-        self.pieces.get(self.rest..).unwrap_or_default()
-    }
-
     /// Copies what is behind the start out of guest memory.
     pub(super) fn copy_rest(&self, mut into: &mut [u8]) {
-        for piece in self.rest() {
+        for piece in self.pieces.get(self.rest..).unwrap_or_default() {
             let n = piece.copy_to(into);
             into = into.get_mut(n..).unwrap_or_default();
         }

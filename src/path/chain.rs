@@ -82,10 +82,17 @@ impl<'m> OpenRing<'_, 'm> {
     ///
     /// # Errors
     /// [`QueueFault`] when the ring itself is broken.
+    #[inline]
     pub fn take(&mut self, purpose: Purpose, pieces: &mut Pieces<'m>) -> Result<Option<Walked>, QueueFault> {
         let Some(head) = self.take_head()? else { return Ok(None) };
-        let mut walk = Walk { purpose, bytes: 0, descriptors: 0, table_entries: 0 };
-        let bytes = walk.run(self, head, pieces);
+        let mut walk = Walk { purpose, bytes: 0, descriptors: 1, table_entries: 1 };
+        // `take_head` has seen to it that there is such a descriptor. This is the one read of it.
+        let first = self.table.load(head.into());
+        let bytes = if first.flags() & (NEXT | INDIRECT) == 0 {
+            walk.add(first, self, pieces).and_then(|()| walk.bytes())
+        } else {
+            walk.run(self, first, pieces)
+        };
         let Walk { table_entries, descriptors, .. } = walk;
         Ok(Some(Walked { head, bytes, table_entries, descriptors }))
     }
@@ -100,23 +107,30 @@ struct Walk {
 }
 
 impl Walk {
+    /// Walks on from the first descriptor, where there is more than that one.
+    #[inline(never)]
     fn run<'m>(
         &mut self,
         ring: &mut OpenRing<'_, 'm>,
-        head: u16,
+        first: Descriptor,
         pieces: &mut Pieces<'m>,
     ) -> Result<u32, Malformed> {
         let table = ring.table;
-        let last = self.follow(&table, head, ring, pieces)?;
+        let last = self.follow(&table, first, ring, pieces)?;
         self.table_entries = u16::try_from(self.descriptors).unwrap_or(u16::MAX);
         if last.flags() & INDIRECT != 0 {
             let (table, entries) = indirect_table(last, ring)?;
             let table = table.get_array_ref(0, entries).map_err(|_| Malformed::OutsideMemory)?;
-            let last = self.follow(&table, 0, ring, pieces)?;
+            self.descriptors = self.descriptors.saturating_add(1);
+            let last = self.follow(&table, table.load(0), ring, pieces)?;
             if last.flags() & INDIRECT != 0 {
                 return Err(Malformed::BadIndirectTable);
             }
         }
+        self.bytes()
+    }
+
+    fn bytes(&self) -> Result<u32, Malformed> {
         u32::try_from(self.bytes).map_err(|_| Malformed::TooLong)
     }
 
@@ -125,20 +139,12 @@ impl Walk {
     fn follow<'m>(
         &mut self,
         table: &VolatileArrayRef<'_, Descriptor, ()>,
-        first: u16,
+        first: Descriptor,
         ring: &mut OpenRing<'_, 'm>,
         pieces: &mut Pieces<'m>,
     ) -> Result<Descriptor, Malformed> {
-        let mut index = usize::from(first);
+        let mut descriptor = first;
         loop {
-            if index >= table.len() {
-                return Err(Malformed::BadLink);
-            }
-            self.descriptors = self.descriptors.saturating_add(1);
-            if self.descriptors > DESCRIPTORS_MAX {
-                return Err(Malformed::TooManyDescriptors);
-            }
-            let descriptor = table.load(index); // the one read of it
             if descriptor.flags() & INDIRECT != 0 {
                 return Ok(descriptor);
             }
@@ -146,10 +152,19 @@ impl Walk {
             if descriptor.flags() & NEXT == 0 {
                 return Ok(descriptor);
             }
-            index = usize::from(descriptor.next());
+            let next = usize::from(descriptor.next());
+            if next >= table.len() {
+                return Err(Malformed::BadLink);
+            }
+            self.descriptors = self.descriptors.saturating_add(1);
+            if self.descriptors > DESCRIPTORS_MAX {
+                return Err(Malformed::TooManyDescriptors);
+            }
+            descriptor = table.load(next); // the one read of it
         }
     }
 
+    #[inline]
     fn add<'m>(
         &mut self,
         d: Descriptor,

@@ -9,10 +9,9 @@
 //! frame that joins nothing is a run of one, and goes as it is.
 
 use arrayvec::{ArrayVec, CapacityError};
-use vm_memory::VolatileSlice;
 
 use super::{
-    batch::{Batch, COPY_PREFIX, COPY_WHOLE, FRAMES},
+    batch::{Batch, COPY_PREFIX, FRAME_MAX, FRAMES},
     chain::Chain,
     judge::{Judged, Verdict},
 };
@@ -21,10 +20,10 @@ use crate::wire::{
     vnet::HEADER_LEN,
 };
 
-/// The longest run: an IP packet of 65,535 bytes behind an Ethernet header with two tags.
-const BYTES: usize = HEADER_LEN + 65_535 + 14 + 2 * 4;
+/// The longest run; no frame that passes is longer.
+const BYTES: usize = HEADER_LEN + FRAME_MAX;
 
-const _: () = assert!(HEADER_LEN + COPY_WHOLE <= BYTES && COPY_PREFIX <= COPY_WHOLE);
+const _: () = assert!(COPY_PREFIX <= FRAME_MAX);
 
 /// What a transmit queue keeps for its runs, one after the other, so that none allocates.
 #[derive(Debug)]
@@ -42,12 +41,10 @@ impl Default for Storage {
 /// Frames with one verdict that are one write to the tap. It owns them until they are given back.
 #[derive(Debug)]
 #[must_use = "the guest has lost the chains of a run that is not given back"]
-pub struct Run<'b, 'm> {
+pub struct Run<'b> {
     bytes: &'b mut [u8],
     /// How many of the bytes there are.
     used: usize,
-    /// The rest of a long frame, in guest memory.
-    tail: &'b [VolatileSlice<'m, ()>],
     frames: &'b mut ArrayVec<Judged<Chain>, FRAMES>,
     verdict: Verdict,
     /// What may follow; nothing if the frame goes alone.
@@ -56,33 +53,22 @@ pub struct Run<'b, 'm> {
     is_sound: bool,
 }
 
-impl<'b, 'm> Run<'b, 'm> {
-    /// Begins with the frame in hand, of which all is copied.
-    pub(super) fn short(storage: &'b mut Storage, judged: Judged<Chain>, batch: &Batch<'_, 'm>) -> Self {
-        let mut run = Self::begin(storage, judged, batch);
-        if run.verdict == Verdict::Forward {
-            let end = HEADER_LEN.saturating_add(batch.len());
-            batch.copy_rest(run.bytes.get_mut(run.used..end).unwrap_or_default());
-            run.used = end;
+impl<'b> Run<'b> {
+    /// Begins with the frame in hand.
+    pub(super) fn begin(storage: &'b mut Storage, judged: Judged<Chain>, batch: &Batch<'_, '_>) -> Self {
+        let Storage { bytes, frames } = storage;
+        let (start, verdict) = (batch.image(), judged.verdict());
+        frames.clear();
+        frames.push(judged);
+        let mut run = Self { bytes, used: 0, frames, verdict, train: None, is_sound: false };
+        if verdict == Verdict::Forward {
+            run.used = HEADER_LEN.saturating_add(batch.len());
+            let (place, rest) = run.bytes.split_at_mut(start.len());
+            place.copy_from_slice(start);
+            batch.copy_rest(rest.get_mut(..run.used.saturating_sub(start.len())).unwrap_or_default());
             run.train = batch.segment().map(Train::new);
         }
         run
-    }
-
-    /// Begins with the frame in hand, and ends with it: all but its start stays in guest memory.
-    pub(super) fn long(storage: &'b mut Storage, judged: Judged<Chain>, batch: &'b Batch<'_, 'm>) -> Self {
-        Self { tail: batch.rest(), ..Self::begin(storage, judged, batch) }
-    }
-
-    fn begin(storage: &'b mut Storage, judged: Judged<Chain>, batch: &Batch<'_, 'm>) -> Self {
-        let Storage { bytes, frames } = storage;
-        let (start, verdict) = (batch.image(), judged.verdict());
-        if let Some(place) = bytes.get_mut(..start.len()) {
-            place.copy_from_slice(start);
-        }
-        frames.clear();
-        frames.push(judged);
-        Self { bytes, used: start.len(), tail: &[], frames, verdict, train: None, is_sound: false }
     }
 
     /// True if a frame that follows may join.
@@ -94,7 +80,7 @@ impl<'b, 'm> Run<'b, 'm> {
     ///
     /// # Errors
     /// The frame, if it is not to follow: it begins another run.
-    pub fn join(&mut self, judged: Judged<Chain>, batch: &Batch<'_, 'm>) -> Result<(), Judged<Chain>> {
+    pub fn join(&mut self, judged: Judged<Chain>, batch: &Batch<'_, '_>) -> Result<(), Judged<Chain>> {
         let same = judged.verdict() == self.verdict
             && self.frames.first().is_some_and(|first| first.label() == judged.label());
         let joined = same
@@ -107,7 +93,7 @@ impl<'b, 'm> Run<'b, 'm> {
         self.frames.try_push(judged).map_err(CapacityError::element)
     }
 
-    fn follows(&mut self, segment: &Segment, batch: &Batch<'_, 'm>) -> bool {
+    fn follows(&mut self, segment: &Segment, batch: &Batch<'_, '_>) -> bool {
         let frame = self.bytes.get(HEADER_LEN..self.used).unwrap_or_default();
         let Some(train) = &self.train else { return false };
         if self.frames.is_full() || !train.is_followed_by(segment, frame, batch.prefix()) {
@@ -119,7 +105,7 @@ impl<'b, 'm> Run<'b, 'm> {
     }
 
     /// Copies the payload behind the last one's, unless its checksums are wrong.
-    fn append(&mut self, segment: &Segment, batch: &Batch<'_, 'm>) -> bool {
+    fn append(&mut self, segment: &Segment, batch: &Batch<'_, '_>) -> bool {
         let end = self.used.saturating_add(segment.payload());
         let start = batch.prefix().get(segment.headers()..).unwrap_or_default();
         let Some(room) = self.bytes.get_mut(self.used..end) else { return false };
@@ -146,14 +132,14 @@ impl<'b, 'm> Run<'b, 'm> {
         self.frames.len()
     }
 
-    /// What is written to the tap: header and copied bytes, then pieces of guest memory.
-    pub(super) fn image(&mut self) -> (&[u8], &[VolatileSlice<'m, ()>]) {
+    /// What is written to the tap.
+    pub(super) fn image(&mut self) -> &[u8] {
         if let Some(train) = self.train.as_ref().filter(|_| self.frames.len() > 1)
             && let Some((header, frame)) = self.bytes.split_first_chunk_mut()
         {
             *header = train.finish(frame).encode();
         }
-        (self.bytes.get(..self.used).unwrap_or_default(), self.tail)
+        self.bytes.get(..self.used).unwrap_or_default()
     }
 
     /// Its frames in order, each with the bytes of headers that were left out because it joined others: 0 for the
@@ -165,7 +151,7 @@ impl<'b, 'm> Run<'b, 'm> {
     }
 
     /// The chains, to be given back.
-    pub(super) fn into_chains(self) -> impl Iterator<Item = Chain> + use<'b, 'm> {
+    pub(super) fn into_chains(self) -> impl Iterator<Item = Chain> + use<'b> {
         self.frames.drain(..).map(|judged| judged.into_parts().0)
     }
 }

@@ -1,7 +1,7 @@
 //! What a frame is: its headers, its size in every unit, and whether its offloads are what they claim.
 
 use super::{
-    batch::Batch,
+    batch::{Batch, FRAME_MAX},
     chain::Chain,
     label::Labelled,
     place::{ReceiveBuffer, TapFrame},
@@ -31,8 +31,14 @@ pub enum Coalesce {
 }
 
 impl Coalesce {
-    fn allows(self, segment: &Segment) -> bool {
-        self == Self::TcpAndUdp || self == Self::Tcp && !segment.is_udp()
+    /// What a frame of `len` bytes is as a part of a longer one; nothing if it goes alone.
+    #[inline]
+    fn segment(self, headers: &Headers, checked: &Checked, len: usize) -> Option<Segment> {
+        match self {
+            Self::Nothing => None,
+            Self::Tcp if headers.udp().is_some() => None,
+            Self::Tcp | Self::TcpAndUdp => Segment::of(headers, checked.header(), len),
+        }
     }
 }
 
@@ -79,8 +85,7 @@ pub fn transmitted(labelled: Labelled<Chain>, batch: &mut Batch<'_, '_>, link: &
         let headers = Headers::parse(batch.prefix(), len);
         let checked = vnet::check_transmit(batch.header(), &headers, len, link.negotiated);
         if let Ok(checked) = &checked {
-            let segment = Segment::of(&headers, checked.header(), len).filter(|s| link.coalesce.allows(s));
-            batch.set_header(checked.header(), segment);
+            batch.set_header(checked.header(), link.coalesce.segment(&headers, checked, len));
         }
         Findings::of(checked, &headers, len, link)
     };
@@ -128,7 +133,8 @@ impl Findings {
         match checked {
             Ok(checked) => {
                 let Size { packets, bytes, wire_bytes } = checked.size();
-                let fault = (!checked.fits_mtu(headers, len, link.mtu)).then_some(DropReason::Oversize);
+                let fits = checked.fits_mtu(headers, len, link.mtu) && len <= FRAME_MAX;
+                let fault = (!fits).then_some(DropReason::Oversize);
                 Self { volume: Volume::frame(packets, bytes, wire_bytes), fault }
             }
             Err(OffloadFault::NotNegotiated) => Self::plain(len, Some(DropReason::NotNegotiated)),

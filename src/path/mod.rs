@@ -70,6 +70,7 @@ pub mod inspect;
 pub mod judge;
 pub mod label;
 pub mod place;
+mod prefetch;
 pub mod receive;
 pub mod ring;
 pub mod transmit;

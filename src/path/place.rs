@@ -6,6 +6,7 @@ use arrayvec::ArrayVec;
 use vm_memory::VolatileSlice;
 
 use super::{
+    batch::FRAME_MAX,
     chain::{DESCRIPTORS_MAX, Purpose, Walked},
     forward::{Outcome, Tap},
     inspect::Link,
@@ -17,8 +18,6 @@ use crate::{
     wire::vnet::{HEADER_LEN, VnetHeader},
 };
 
-/// Longest frame that a tap can give: an IP packet of 65,535 bytes behind an Ethernet header and two tags.
-const FRAME_MAX: usize = 65_535 + 14 + 2 * 4;
 /// Most buffers that one frame may be spread over.
 const BUFFERS_MAX: usize = 1024;
 /// Descriptors that are looked at for one frame: buffers of no length hold nothing, and cost time.

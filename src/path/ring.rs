@@ -17,6 +17,7 @@ use super::{
     account::Recorded,
     coalesce::Run,
     place::{ReceiveBuffer, TapFrame},
+    prefetch::prefetch,
 };
 use crate::ledger::{Account, Committed, RingIdentity, fault::may_die};
 
@@ -179,13 +180,29 @@ impl<'a, 'm> OpenRing<'a, 'm> {
         Ok(Some(head))
     }
 
+    /// Has the processor fetch the first buffer of the chain that is `ahead` places behind the next one, if it is
+    /// there already. A hint: what is read here decides nothing.
+    #[inline]
+    pub(super) fn fetch_ahead(&self, ahead: u16) {
+        if ahead >= self.end.wrapping_sub(self.next) {
+            return;
+        }
+        let head = usize::from(u16::from_le(self.heads.load(self.place(self.next.wrapping_add(ahead)))));
+        if head < self.table.len() {
+            let first = self.table.load(head);
+            if let Some(buffer) = self.memory.in_last_region(first.addr().0, first.len()) {
+                prefetch(&buffer);
+            }
+        }
+    }
+
     /// Un-takes the last `n` heads: they are found again in the next batch.
     pub(super) fn untake(&mut self, n: u16) {
         self.next = self.next.wrapping_sub(n);
     }
 
     /// Gives the chains of a run back. Only frames that were counted can be given back.
-    pub fn give_back(&mut self, recorded: Recorded<Run<'_, '_>>) -> GivenBack {
+    pub fn give_back(&mut self, recorded: Recorded<Run<'_>>) -> GivenBack {
         for chain in recorded.into_inner().into_chains() {
             self.give_back_head(chain.into_head(), 0);
         }
@@ -335,6 +352,7 @@ pub(super) struct Unmapped;
 
 impl<'m> GuestRegions<'m> {
     /// Adds the pieces that make up `bytes` bytes at a guest physical address.
+    #[inline]
     pub(super) fn resolve(
         &mut self,
         address: u64,
@@ -347,6 +365,11 @@ impl<'m> GuestRegions<'m> {
         if let Some(piece) = self.in_last_region(address, bytes) {
             return into.try_push(piece).map_err(|_| Unmapped);
         }
+        self.resolve_anew(address, bytes, into)
+    }
+
+    #[inline(never)]
+    fn resolve_anew(&mut self, address: u64, bytes: u32, into: &mut Pieces<'m>) -> Result<(), Unmapped> {
         let memory = self.memory;
         if let Some(region) = memory.find_region(GuestAddress(address)) {
             let slice = region.as_volatile_slice().map_err(|_| Unmapped)?;

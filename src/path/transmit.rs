@@ -101,15 +101,10 @@ impl Transmit {
     fn send_all(&mut self, mut intake: Intake<'_, '_, '_>) -> End {
         let mut next = intake.next();
         while let Some(judged) = next.take() {
-            let run = if intake.batch.is_long() {
-                Run::long(&mut self.storage, judged, &intake.batch)
-            } else {
-                let mut run = Run::short(&mut self.storage, judged, &intake.batch);
-                if self.singly == 0 {
-                    next = intake.grow(&mut run);
-                }
-                run
-            };
+            let mut run = Run::begin(&mut self.storage, judged, &intake.batch);
+            if self.singly == 0 {
+                next = intake.grow(&mut run);
+            }
             let frames = run.len();
             match forward(run, intake.port.tap, &mut self.account) {
                 Ok(outcome) => {
@@ -135,7 +130,7 @@ impl Transmit {
     }
 }
 
-impl<'m> Intake<'_, '_, 'm> {
+impl Intake<'_, '_, '_> {
     /// Takes, labels, inspects and judges the next frame.
     fn next(&mut self) -> Option<Judged<Chain>> {
         if self.taken == FRAMES {
@@ -161,7 +156,7 @@ impl<'m> Intake<'_, '_, 'm> {
     }
 
     /// Lets a run grow as long as frames follow that belong to it; gives the first one that does not.
-    fn grow(&mut self, run: &mut Run<'_, 'm>) -> Option<Judged<Chain>> {
+    fn grow(&mut self, run: &mut Run<'_>) -> Option<Judged<Chain>> {
         while run.may_grow() {
             if let Err(other) = run.join(self.next()?, &self.batch) {
                 return Some(other);

@@ -166,12 +166,15 @@ impl FlowKey {
     /// The IDs of the outer and of the inner VLAN.
     #[must_use]
     pub fn vlan_ids(&self) -> [Option<u16>; MAX_VLAN_TAGS] {
-        self.vlans().map(|vlan| (vlan & TAG_PRESENT != 0).then_some(vlan & TAG_ID))
+        let id = |vlan| if vlan & TAG_PRESENT != 0 { Some(vlan & TAG_ID) } else { None };
+        let [outer, inner] = self.vlans();
+        [id(outer), id(inner)]
     }
 
     /// Which of the VLANs are the service's (0x88a8), not the customer's.
     pub(super) fn service_vlans(&self) -> [bool; MAX_VLAN_TAGS] {
-        self.vlans().map(|vlan| vlan & TAG_SERVICE != 0)
+        let [outer, inner] = self.vlans();
+        [outer & TAG_SERVICE != 0, inner & TAG_SERVICE != 0]
     }
 
     fn type_field(&self) -> u16 {
@@ -195,7 +198,13 @@ impl FlowKey {
     #[must_use]
     pub fn framing(&self) -> Framing {
         let [_, framing, ..] = self.bytes::<7>();
-        [Framing::Snap, Framing::Llc].into_iter().find(|f| *f as u8 == framing).unwrap_or_default()
+        if framing == Framing::Snap as u8 {
+            Framing::Snap
+        } else if framing == Framing::Llc as u8 {
+            Framing::Llc
+        } else {
+            Framing::EthernetII
+        }
     }
 
     /// Of which kind its addresses are.

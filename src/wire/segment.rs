@@ -28,11 +28,11 @@ const PACKET_MAX: usize = 65_535;
 pub struct Segment {
     /// How the longer frame is cut: its protocol and family.
     gso_type: GsoType,
-    l3: usize,
-    l4: usize,
+    l3: u16,
+    l4: u16,
     /// H in bytes.
-    headers: usize,
-    payload: usize,
+    headers: u16,
+    payload: u16,
     /// The checksum is to be finished by the kernel.
     offloaded: bool,
     /// TCP with PSH or FIN: nothing may follow.
@@ -44,14 +44,14 @@ impl Segment {
     /// it can never be one.
     #[must_use]
     pub fn of(headers: &Headers, header: VnetHeader, len: usize) -> Option<Self> {
+        let all_headers = headers.payload_offset()?;
+        let (l3, l4) = (headers.l3_offset()?, headers.l4_offset()?);
+        let payload = len.checked_sub(all_headers)?;
         let key = headers.flow_key();
         let whole = header.gso_type == GsoType::NONE
+            && headers.packet_end() == Some(len)
             && key.framing() == Framing::EthernetII
-            && key.fragment() == Fragment::Whole
-            && headers.packet_end() == Some(len);
-        let (l3, l4) = (headers.l3_offset()?, headers.l4_offset()?);
-        let all_headers = headers.payload_offset()?;
-        let payload = len.checked_sub(all_headers)?;
+            && key.fragment() == Fragment::Whole;
         let ip_header = match key.family() {
             Family::Ipv4 => IPV4_HEADER,
             Family::Ipv6 => IPV6_HEADER,
@@ -61,6 +61,9 @@ impl Segment {
             return None;
         }
         let offloaded = header.flags.contains(Flags::NEEDS_CSUM);
+        // All that is parsed lies in the first 256 bytes and TCP's options behind, and a packet has 16 bits of length.
+        let short = |n| u16::try_from(n).ok();
+        let (l3, l4, all_headers, payload) = (short(l3)?, short(l4)?, short(all_headers)?, short(payload)?);
         let segment =
             |gso_type, is_last| Self { gso_type, l3, l4, headers: all_headers, payload, offloaded, is_last };
         if let Some(tcp) = headers.tcp() {
@@ -70,7 +73,7 @@ impl Segment {
             return (!tcp.flags.intersects(NEVER)).then(|| segment(gso_type, tcp.flags.intersects(LAST)));
         }
         let udp = headers.udp()?;
-        let fills_the_packet = usize::from(udp.length) == len.wrapping_sub(l4);
+        let fills_the_packet = usize::from(udp.length) == len.wrapping_sub(l4.into());
         (udp.has_checksum && fills_the_packet).then(|| segment(GsoType::UDP_L4, false))
     }
 
@@ -83,26 +86,34 @@ impl Segment {
     /// H: the length of all headers in bytes.
     #[must_use]
     pub const fn headers(&self) -> usize {
-        self.headers
+        self.headers as usize
     }
 
     /// Bytes behind the headers.
     #[must_use]
     pub const fn payload(&self) -> usize {
-        self.payload
+        self.payload as usize
+    }
+
+    const fn l3(&self) -> usize {
+        self.l3 as usize
+    }
+
+    const fn l4(&self) -> usize {
+        self.l4 as usize
     }
 
     /// True if the checksums in a frame are what the kernel computes for a segment; of one that is to be
     /// finished, if it can be. `frame` is the whole frame.
     #[must_use]
     pub fn has_right_checksums(&self, frame: &[u8]) -> bool {
-        frame.get(self.headers..).is_some_and(|payload| self.has_right_checksums_with(frame, payload))
+        frame.get(self.headers()..).is_some_and(|payload| self.has_right_checksums_with(frame, payload))
     }
 
     /// As [`Self::has_right_checksums`], with headers and payload in different places.
     #[must_use]
     pub fn has_right_checksums_with(&self, headers: &[u8], payload: &[u8]) -> bool {
-        let Some(transport) = headers.get(self.l4..self.headers) else { return false };
+        let Some(transport) = headers.get(self.l4()..self.headers()) else { return false };
         let field = self.checksum_field(headers);
         let pseudo = self.pseudo_sum(headers, payload.len());
         let right = if self.offloaded {
@@ -118,12 +129,12 @@ impl Segment {
 
     /// The header's sum is right, and written as the kernel writes it: never 0xffff, which would stand for 0 too.
     fn has_right_ipv4_checksum(&self, headers: &[u8]) -> bool {
-        let header = headers.get(self.l3..self.l4).unwrap_or_default();
+        let header = headers.get(self.l3()..self.l4()).unwrap_or_default();
         fold(sum(header)) == 0xffff && header.get(10..12) != Some(&[0xff, 0xff])
     }
 
     fn checksum_field(&self, headers: &[u8]) -> Option<u16> {
-        let place = self.l4.wrapping_add(usize::from(self.checksum_offset()));
+        let place = self.l4().wrapping_add(usize::from(self.checksum_offset()));
         headers.get(place..)?.first_chunk().map(|bytes| u16::from_be_bytes(*bytes))
     }
 
@@ -132,17 +143,17 @@ impl Segment {
     }
 
     const fn ip_header_len(&self) -> usize {
-        self.l4.wrapping_sub(self.l3)
+        self.l4().wrapping_sub(self.l3())
     }
 
     /// The sum of the pseudo header (RFC 9293 section 3.1, RFC 768, RFC 8200 section 8.1) of a packet with so
     /// many bytes of payload.
     fn pseudo_sum(&self, headers: &[u8], payload: usize) -> u64 {
         let addresses = if self.ip_header_len() == IPV6_HEADER { 8 } else { 12 };
-        let from = self.l3.wrapping_add(addresses);
+        let from = self.l3().wrapping_add(addresses);
         let protocol = if self.is_udp() { protocol::UDP } else { protocol::TCP };
-        let transport = self.headers.wrapping_sub(self.l4).wrapping_add(payload);
-        sum(headers.get(from..self.l4).unwrap_or_default())
+        let transport = self.headers().wrapping_sub(self.l4()).wrapping_add(payload);
+        sum(headers.get(from..self.l4()).unwrap_or_default())
             .wrapping_add(u64::from(protocol))
             .wrapping_add(transport as u64)
     }
@@ -180,7 +191,7 @@ impl Train {
     /// Begins with this one.
     #[must_use]
     pub const fn new(lead: Segment) -> Self {
-        Self { lead, last_flags: 0, segments: 1, payload: lead.payload, is_closed: lead.is_last }
+        Self { lead, last_flags: 0, segments: 1, payload: lead.payload as usize, is_closed: lead.is_last }
     }
 
     /// The first segment.
@@ -194,15 +205,18 @@ impl Train {
     #[must_use]
     pub fn is_followed_by(&self, next: &Segment, first: &[u8], frame: &[u8]) -> bool {
         let lead = &self.lead;
-        let packet =
-            lead.headers.wrapping_sub(lead.l3).saturating_add(self.payload).saturating_add(next.payload);
+        let packet = lead
+            .headers()
+            .wrapping_sub(lead.l3())
+            .saturating_add(self.payload)
+            .saturating_add(next.payload());
         !self.is_closed
-            && (next.gso_type, next.l3, next.headers) == (lead.gso_type, lead.l3, lead.headers)
-            && next.payload <= lead.payload
+            && (next.gso_type, next.l3(), next.headers()) == (lead.gso_type, lead.l3(), lead.headers())
+            && next.payload() <= lead.payload()
             && packet <= PACKET_MAX
             && differs(first, frame, 0)
                 | differs(first, frame, 6)
-                | differs(first, frame, lead.l3.wrapping_sub(8))
+                | differs(first, frame, lead.l3().wrapping_sub(8))
                 == 0
             && self.continues_network(first, frame)
             && (lead.is_udp() || self.continues_tcp(first, frame))
@@ -210,25 +224,25 @@ impl Train {
 
     fn continues_network(&self, first: &[u8], frame: &[u8]) -> bool {
         if self.lead.ip_header_len() == IPV6_HEADER {
-            return same(first, frame, self.lead.l3, &IPV6_SAME);
+            return same(first, frame, self.lead.l3(), &IPV6_SAME);
         }
-        let id = |bytes| number::<2>(bytes, self.lead.l3.wrapping_add(4)).map(u16::from_be_bytes);
-        let dont_fragment = first.get(self.lead.l3.wrapping_add(6)).is_some_and(|flags| flags & 0x40 != 0);
+        let id = |bytes| number::<2>(bytes, self.lead.l3().wrapping_add(4)).map(u16::from_be_bytes);
+        let dont_fragment = first.get(self.lead.l3().wrapping_add(6)).is_some_and(|flags| flags & 0x40 != 0);
         let counted = || {
             let on = u16::try_from(self.segments).ok()?;
             Some(id(first)?.wrapping_add(on) == id(frame)?)
         };
-        same(first, frame, self.lead.l3, &IPV4_SAME) && (dont_fragment || counted() == Some(true))
+        same(first, frame, self.lead.l3(), &IPV4_SAME) && (dont_fragment || counted() == Some(true))
     }
 
     fn continues_tcp(&self, first: &[u8], frame: &[u8]) -> bool {
-        let l4 = self.lead.l4;
+        let l4 = self.lead.l4();
         let sequence = |bytes| number::<4>(bytes, l4.wrapping_add(4)).map(u32::from_be_bytes);
         let counted = || {
             let on = u32::try_from(self.payload).ok()?;
             Some(sequence(first)?.wrapping_add(on) == sequence(frame)?)
         };
-        let rest = l4.wrapping_add(18)..self.lead.headers;
+        let rest = l4.wrapping_add(18)..self.lead.headers();
         counted() == Some(true)
             && same(first, frame, l4.wrapping_add(8), &TCP_SAME)
             && first
@@ -239,16 +253,17 @@ impl Train {
     /// Takes `next` in, whose headers are at the beginning of `frame`.
     pub fn add(&mut self, next: &Segment, frame: &[u8]) {
         self.segments = self.segments.wrapping_add(1);
-        self.payload = self.payload.wrapping_add(next.payload);
-        self.is_closed = next.is_last || next.payload < self.lead.payload;
-        self.last_flags = frame.get(self.lead.l4.wrapping_add(13)).copied().unwrap_or_default();
+        self.payload = self.payload.wrapping_add(next.payload());
+        self.is_closed = next.is_last || next.payload() < self.lead.payload();
+        self.last_flags = frame.get(self.lead.l4().wrapping_add(13)).copied().unwrap_or_default();
     }
 
     /// Makes the first frame's headers those of the whole; gives the virtio-net header that tells the kernel how
     /// to cut it.
     #[must_use]
     pub fn finish(&self, first: &mut [u8]) -> VnetHeader {
-        let Segment { gso_type, l3, l4, headers, payload, .. } = self.lead;
+        let lead = &self.lead;
+        let (l3, l4, headers) = (lead.l3(), lead.l4(), lead.headers());
         let transport = headers.wrapping_sub(l4).wrapping_add(self.payload);
         if self.lead.ip_header_len() == IPV6_HEADER {
             put(first, l3.wrapping_add(4), be(transport));
@@ -266,13 +281,12 @@ impl Train {
         let csum_offset = self.lead.checksum_offset();
         let pseudo = fold(self.lead.pseudo_sum(first, self.payload));
         put(first, l4.wrapping_add(csum_offset.into()), pseudo.to_be_bytes());
-        let short = |n| u16::try_from(n).unwrap_or(u16::MAX);
         VnetHeader {
             flags: Flags::NEEDS_CSUM,
-            gso_type,
-            hdr_len: short(headers),
-            gso_size: short(payload),
-            csum_start: short(l4),
+            gso_type: lead.gso_type,
+            hdr_len: lead.headers,
+            gso_size: lead.payload,
+            csum_start: lead.l4,
             csum_offset,
             num_buffers: 0,
         }

@@ -330,9 +330,11 @@ impl Checked {
             None => len,
             Some(Segmentation { headers, size }) => headers.saturating_add(usize::from(size)),
         };
-        let tags = headers.flow_key().vlan_ids().into_iter().flatten().count();
-        let tags = tags.saturating_mul(usize::from(VLAN_TAG));
-        longest <= usize::from(mtu).saturating_add(usize::from(ETHERNET_HEADER)).saturating_add(tags)
+        let without_tags = usize::from(mtu).saturating_add(usize::from(ETHERNET_HEADER));
+        longest <= without_tags || {
+            let tags = headers.flow_key().vlan_ids().into_iter().flatten().count();
+            longest <= without_tags.saturating_add(tags.saturating_mul(usize::from(VLAN_TAG)))
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::{
     Port, Turn,
-    batch::{COPY_WHOLE, FRAMES},
+    batch::FRAMES,
     forward::Tap,
     inspect::{Coalesce, Link},
     receive::Receive,
