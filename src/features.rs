@@ -45,6 +45,9 @@ bits! {
 /// What a port offers in addition where the kernel's taps know UDP segmentation.
 pub const USO: u64 = GUEST_USO4 | GUEST_USO6 | HOST_USO;
 
+/// Most queue pairs of a port.
+pub const QUEUE_PAIRS_MAX: u16 = 16;
+
 /// What every port offers.
 pub const ALWAYS: u64 = PROTOCOL_FEATURES
     | 1 << virtio_net::VIRTIO_NET_F_CSUM

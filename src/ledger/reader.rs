@@ -42,6 +42,14 @@ impl Known {
         Self { part, totals, queue_faults, uncertain, gone_back }
     }
 
+    /// Adds what is known of the same direction of another queue pair.
+    pub fn add(&mut self, other: &Self) {
+        self.totals.add(&other.totals);
+        self.queue_faults = self.queue_faults.saturating_add(other.queue_faults);
+        self.uncertain = self.uncertain.saturating_add(other.uncertain);
+        self.gone_back = self.gone_back.saturating_add(other.gone_back);
+    }
+
     /// Which part of the ledger.
     #[must_use]
     pub const fn part(&self) -> Part {

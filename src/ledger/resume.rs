@@ -8,6 +8,7 @@ use super::{
     recover::lost,
     slot::Slot,
 };
+use crate::features::QUEUE_PAIRS_MAX;
 
 impl Ledger {
     /// Makes a new ledger whose counters begin with what is known of an earlier one: the first writer resumes
@@ -18,19 +19,25 @@ impl Ledger {
     /// [`LedgerError::Io`] when the kernel gives no memory.
     pub fn resume(pairs: u16, known: &[Known]) -> Result<(Self, OwnedFd), LedgerError> {
         let (ledger, fd) = Self::create(pairs)?;
+        ledger.begin_with(known);
+        Ok((ledger, fd))
+    }
+
+    /// Lets a ledger that nobody writes yet begin with what is known of an earlier one.
+    pub fn begin_with(&self, known: &[Known]) {
         for known in known {
             let part = known.part();
-            let word = |word| ledger.part_word(part, word);
+            let word = |word| self.part_word(part, word);
             word(PartWord::QueueFaults).store(known.queue_faults(), Ordering::Relaxed);
             let epoch = word(PartWord::Epoch).load(Ordering::Relaxed);
             let mut slot = Slot { totals: *known.totals(), uncertain: known.uncertain(), ..Slot::default() };
-            if slot.totals.in_flight > 0 {
-                // The worker that held the frame is gone, and nobody knows how long it was.
+            // The workers that held these frames, one for each queue pair at most, are gone, and nobody knows how
+            // long the frames were.
+            for _ in 0..slot.totals.in_flight.min(QUEUE_PAIRS_MAX.into()) {
                 slot.totals.received(&lost(0, false).ended);
             }
-            slot.store(ledger.slot(part, epoch));
+            slot.store(self.slot(part, epoch));
         }
-        Ok((ledger, fd))
     }
 }
 
@@ -42,12 +49,12 @@ mod tests {
     };
 
     #[test]
-    fn a_frame_that_was_in_flight_is_lost_and_the_equation_holds() {
-        let counted = Totals { chains: 3, in_flight: 1, ..Totals::default() };
+    fn frames_that_were_in_flight_are_lost_and_the_equation_holds() {
+        let counted = Totals { chains: 3, in_flight: 3, ..Totals::default() };
         let known = [Known::resumed(Part::receive(0), counted, 0, 0, 0)];
         let (ledger, _fd) = Ledger::resume(1, &known).unwrap();
         let totals = *Account::resume(&ledger, Part::receive(0)).totals();
-        assert_eq!((totals.chains, totals.in_flight, totals.dropped_frames()), (3, 0, 1));
+        assert_eq!((totals.chains, totals.in_flight, totals.dropped_frames()), (3, 0, 3));
     }
 
     #[test]

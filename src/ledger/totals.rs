@@ -237,6 +237,13 @@ mod tests {
     }
 
     #[test]
+    fn a_sum_has_every_counter_of_both() {
+        let mut sum = distinct();
+        sum.add(&distinct());
+        assert!(sum.words().into_iter().eq((2..).step_by(2).take(Totals::WORDS)));
+    }
+
+    #[test]
     fn a_counter_that_goes_back_is_not_believed() {
         let mut totals = distinct();
         let mut seen = totals;
