@@ -16,7 +16,8 @@
 //!    +-- port --- ...
 //! ```
 //!
-//! One keeper and one worker for each port: a guest or VMM that breaks its port breaks only itself. Both run
+//! One keeper and one worker for each port: a guest or VMM that breaks its port breaks only itself. In the worker
+//! each queue pair has a thread of its own, with a queue of the tap and a part of the ledger of its own. Both run
 //! as a user of their own, without capabilities, in empty network and mount namespaces. The ledger is shared
 //! memory that the monitor made, and outlives them; whose ledger it is, the monitor knows, so not even a
 //! broken worker can speak for another VM. What a worker had done when it died is in the ledger too, frame by
@@ -31,9 +32,9 @@
 //! | [`label`] | the numbers that VMs are known by |
 //! | [`features`] | what a port offers |
 //! | [`monitor`] | start-up order; [`monitor::change`] VMs come, change and go, [`monitor::make`] what ports are made of, [`monitor::registry`] labels and [`monitor::added`] added VMs on disk, [`monitor::checkpoint`] totals on disk, [`monitor::state`] all of these to be taken elsewhere, [`monitor::doorbell`] front ends come, [`monitor::ports`] one port's life, [`monitor::tally`] what is counted of it, [`monitor::connection`] one connection's, [`monitor::spawn`] keepers start, [`monitor::link`] the tap as an interface, [`monitor::api`] HTTP on unix sockets, [`monitor::host`] what it is about |
-//! | [`tap`] | taps: made, taken over, set up |
+//! | [`tap`] | taps: made, taken over, set up; [`tap::Queues`] |
 //! | [`keeper`] | one connection: [`keeper::message`] vhost-user on the wire, [`keeper::gate`] what is let through, [`keeper::memory`] regions, [`keeper::session`] what the next worker must be told, [`keeper::watch`] and [`keeper::deaths`] whether there is to be one, [`keeper::door`] rights given up, [`keeper::worker`] the session with the worker |
-//! | [`worker`] | [`worker::device`] events to queues, [`worker::vring`] the crate's ring, mended |
+//! | [`worker`] | [`worker::device`] events to queue pairs, [`worker::pair`] one pair's turns, [`worker::queues`] which queues of the tap are attached, [`worker::vring`] the crate's ring, mended |
 //! | [`path`] | a frame from ring to tap and from tap to ring: take, label, inspect, judge, forward or place, account, publish |
 //! | [`wire`] | what a frame's bytes say: pure functions |
 //! | [`policy`] | what a worker is told to do, and how it reaches it |

@@ -2,6 +2,8 @@
 
 #![expect(unsafe_code, reason = "the TUN driver is driven by ioctls")]
 
+mod queues;
+
 use std::{
     io,
     os::fd::{AsFd, AsRawFd, OwnedFd},
@@ -11,12 +13,17 @@ use rustix::fs::{Mode, OFlags, open};
 
 use crate::{features, wire::vnet::HEADER_LEN};
 
+pub use queues::Queues;
+
 /// Longest interface name in bytes (IFNAMSIZ without the final zero).
 pub const NAME_MAX: usize = libc::IFNAMSIZ - 1;
 
 /// The owner of our taps: a user that nobody runs as. Without an owner any local user could attach to a
 /// queue of the tap and inject frames that no ledger has seen.
 const NOBODY: u32 = u32::MAX - 1;
+
+/// What our taps are: Ethernet frames, each with a virtio-net header in front.
+const KIND: libc::c_int = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
 
 /// Why a tap cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -36,6 +43,23 @@ pub enum TapError {
     /// The descriptor that was handed in is no tap, or not this one.
     #[error("the descriptor handed in as {0} is not that tap")]
     NotThisTap(String),
+    /// It has one queue, and cannot get another.
+    #[error(
+        "tap {0} has one queue: for more queue_pairs than 1 make it with multi_queue, or, if vmflow made it, restart vmflow"
+    )]
+    OneQueue(String),
+    /// Fewer queues were handed in than are wanted.
+    #[error(
+        "tap {name}: {there} of its queues were handed in: queue_pairs = {wanted} needs a descriptor for each"
+    )]
+    TooFew {
+        /// Its name.
+        name: String,
+        /// How many descriptors there are.
+        there: usize,
+        /// How many are needed.
+        wanted: u16,
+    },
     /// A step of the set-up.
     #[error("tap {0}: cannot set {1}: {2}")]
     Setup(String, &'static str, io::Error),
@@ -46,38 +70,61 @@ pub enum TapError {
 /// # Errors
 /// [`TapError`].
 pub fn attach(name: &str) -> Result<OwnedFd, TapError> {
-    let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let fd = open("/dev/net/tun", flags, Mode::empty()).map_err(|e| TapError::Driver(e.into()))?;
-    let kind = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
-    let mut attached = set_interface(&fd, name, kind);
-    if attached.as_ref().is_err_and(|e| e.raw_os_error() == Some(libc::EINVAL)) {
+    let mut attached = open_queue(name, KIND)?;
+    if attached.as_ref().is_err_and(is_invalid) {
         // A tap that was made with `multi_queue` wants to be asked for as one.
-        attached = set_interface(&fd, name, kind | libc::IFF_MULTI_QUEUE);
+        attached = open_queue(name, KIND | libc::IFF_MULTI_QUEUE)?;
     }
-    attached.map_err(|e| match e.raw_os_error() {
-        Some(libc::EBUSY) => TapError::Busy(name.into()),
-        Some(libc::EPERM) => TapError::Permission(name.into()),
-        _ => TapError::NotATap(name.into(), e),
-    })?;
+    let fd = attached.map_err(|e| refused(name, e))?;
     prepare(&fd, name)?;
     Ok(fd)
 }
 
-/// Takes a tap that was handed in as a descriptor.
-///
-/// # Errors
-/// [`TapError::NotThisTap`] if it is none, or of another name or kind.
-pub fn adopt(fd: OwnedFd, name: &str) -> Result<OwnedFd, TapError> {
-    let (found, flags) = interface(&fd).map_err(|_| TapError::NotThisTap(name.into()))?;
-    let kind = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
-    if found != name || i32::from(flags) & kind != kind {
+/// One more queue of a tap with several, which is made if it is not there; nothing is set.
+fn attach_one_of_several(name: &str) -> Result<OwnedFd, TapError> {
+    open_queue(name, KIND | libc::IFF_MULTI_QUEUE)?.map_err(|e| {
+        // Is it a tap, but one that was made with one queue?
+        let single = is_invalid(&e).then(|| open_queue(name, KIND));
+        match single {
+            Some(Ok(Ok(_))) => TapError::OneQueue(name.into()),
+            Some(Ok(Err(busy))) if busy.raw_os_error() == Some(libc::EBUSY) => {
+                TapError::OneQueue(name.into())
+            }
+            _ => refused(name, e),
+        }
+    })
+}
+
+/// A new descriptor of a tap of that name, if the kernel takes it for one of this kind.
+fn open_queue(name: &str, kind: libc::c_int) -> Result<io::Result<OwnedFd>, TapError> {
+    let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let fd = open("/dev/net/tun", flags, Mode::empty()).map_err(|e| TapError::Driver(e.into()))?;
+    Ok(set_interface(&fd, name, kind).map(|()| fd))
+}
+
+fn is_invalid(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EINVAL)
+}
+
+fn refused(name: &str, error: io::Error) -> TapError {
+    match error.raw_os_error() {
+        Some(libc::EBUSY) => TapError::Busy(name.into()),
+        Some(libc::EPERM) => TapError::Permission(name.into()),
+        _ => TapError::NotATap(name.into(), error),
+    }
+}
+
+/// Takes a queue of a tap that was handed in as a descriptor; nothing is set but that it does not block. True if
+/// the tap can have several.
+fn adopt(fd: &OwnedFd, name: &str) -> Result<bool, TapError> {
+    let (found, flags) = interface(fd).map_err(|_| TapError::NotThisTap(name.into()))?;
+    if found != name || i32::from(flags) & KIND != KIND {
         return Err(TapError::NotThisTap(name.into()));
     }
     let nonblocking =
-        rustix::fs::fcntl_getfl(&fd).and_then(|flags| rustix::fs::fcntl_setfl(&fd, flags | OFlags::NONBLOCK));
+        rustix::fs::fcntl_getfl(fd).and_then(|flags| rustix::fs::fcntl_setfl(fd, flags | OFlags::NONBLOCK));
     nonblocking.map_err(|e| TapError::Setup(name.into(), "non-blocking mode", e.into()))?;
-    prepare(&fd, name)?;
-    Ok(fd)
+    Ok(i32::from(flags) & libc::IFF_MULTI_QUEUE != 0)
 }
 
 fn prepare(fd: &OwnedFd, name: &str) -> Result<(), TapError> {
@@ -143,6 +190,20 @@ fn offloads(acked: u64) -> libc::c_uint {
     let both = has(features::GUEST_USO4) && has(features::GUEST_USO6);
     let uso = if both { libc::TUN_F_USO4 | libc::TUN_F_USO6 } else { 0 };
     libc::TUN_F_CSUM | tso | ecn | uso
+}
+
+/// Attaches a queue of a tap that has several, or detaches it. One that is detached takes no frames of the host's,
+/// and loses those that it holds; what is written to it still passes. One that is so already stays so.
+///
+/// # Errors
+/// Whatever the ioctl says.
+pub fn attach_queue(queue: impl AsFd, attach: bool) -> io::Result<()> {
+    let mut request = ifreq("");
+    let flag = if attach { libc::IFF_ATTACH_QUEUE } else { libc::IFF_DETACH_QUEUE };
+    request.ifr_ifru.ifru_flags = libc::c_short::try_from(flag).unwrap_or_default();
+    // SAFETY: TUNSETQUEUE reads one `struct ifreq`, which `request` is.
+    let done = check(unsafe { libc::ioctl(queue.as_fd().as_raw_fd(), libc::TUNSETQUEUE, &raw mut request) });
+    if done.as_ref().is_err_and(is_invalid) { Ok(()) } else { done }
 }
 
 /// TUNSETIFF.

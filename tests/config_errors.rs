@@ -278,9 +278,18 @@ fn a_bad_mac_is_refused() {
 }
 
 #[test]
-fn more_queue_pairs_than_one_are_refused() {
-    Written::new(&vm("a", "", &(port("a") + "queue_pairs = 2\n"))).refused(&[
-        "vmflow: DIR/vmflow.toml:6:15: queue_pairs is 2: one queue pair per port in this release: write 1 or leave it out",
+fn queue_pairs_that_no_port_has_are_refused() {
+    for wrong in [-1, 0, 17, 65_537] {
+        Written::new(&vm("a", "", &(port("a") + &format!("queue_pairs = {wrong}\n")))).refused(&[&format!(
+            "vmflow: DIR/vmflow.toml:6:15: queue_pairs {wrong} is out of range: it is 1 to 16"
+        )]);
+    }
+}
+
+#[test]
+fn several_queue_pairs_without_the_control_queue_are_refused() {
+    Written::new(&vm("a", "", &(port("a") + "queue_pairs = 2\ncontrol_queue = false\n"))).refused(&[
+        "vmflow: DIR/vmflow.toml:6:15: queue_pairs is 2 and control_queue false: a guest asks for more than one pair through the control queue: leave one of the two out",
     ]);
 }
 

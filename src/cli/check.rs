@@ -3,7 +3,7 @@
 use std::io::Write;
 
 use super::CliError;
-use crate::config::{Config, Vm};
+use crate::config::{Config, Port, Vm};
 
 /// Says what a valid configuration comes to.
 pub(super) fn tell(config: &Config, out: &mut impl Write) -> Result<(), CliError> {
@@ -24,8 +24,17 @@ pub(super) fn tell(config: &Config, out: &mut impl Write) -> Result<(), CliError
 
 fn summary(vm: &Vm) -> String {
     let label = vm.label.map_or("label not pinned".to_owned(), |label| format!("label {label}"));
-    let ports: Vec<_> = vm.ports.iter().map(|p| format!("{} at {}", p.tap, p.socket.display())).collect();
+    let ports: Vec<_> = vm.ports.iter().map(port).collect();
     format!("{}: {label}, {}", vm.name, ports.join(", "))
+}
+
+fn port(port: &Port) -> String {
+    let place = format!("{} at {}", port.tap, port.socket.display());
+    if port.queue_pairs == 1 {
+        place
+    } else {
+        format!("{place} with {}", count(port.queue_pairs.into(), "queue pair"))
+    }
 }
 
 /// A number of things, in words.

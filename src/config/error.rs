@@ -86,9 +86,11 @@ pub enum ConfigError {
         /// What to write instead.
         advice: &'static str,
     },
-    /// More or fewer queue pairs than one.
-    #[error("queue_pairs is {0}: one queue pair per port in this release: write 1 or leave it out")]
-    QueuePairs(i64),
+    /// Several queue pairs, and no way for the guest to ask for them.
+    #[error(
+        "queue_pairs is {0} and control_queue false: a guest asks for more than one pair through the control queue: leave one of the two out"
+    )]
+    PairsWithoutControl(u16),
     /// A number outside its range.
     #[error("{what} {value} is out of range: it is {min} to {max}")]
     OutOfRange {

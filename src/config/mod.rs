@@ -110,7 +110,7 @@ pub struct Port {
     pub netns: Option<NetNs>,
     /// The bridge that the tap is put into.
     pub bridge: Option<String>,
-    /// Pairs of virtqueues.
+    /// Pairs of virtqueues: 1 to 16.
     pub queue_pairs: u16,
     /// The address that the guest is told; else the front end's.
     pub mac: Option<Mac>,
@@ -216,6 +216,7 @@ coalesce = false
 socket = "/run/qemu/web1.sock"
 mode = "client"
 tap = "vmf-web1b"
+queue_pairs = 16
 "#;
 
     #[test]
@@ -265,6 +266,7 @@ tap = "vmf-web1b"
             tap: "vmf-web1b".parse().unwrap(),
             netns: None,
             bridge: None,
+            queue_pairs: 16,
             mac: None,
             mtu: None,
             control_queue: true,

@@ -14,7 +14,7 @@ use super::{
     source::Spot,
     strict, values,
 };
-use crate::label::Label;
+use crate::{features::QUEUE_PAIRS_MAX, label::Label};
 
 /// Read and write for owner and group: QEMU runs in the socket's group.
 const DEFAULT_SOCKET_MODE: u32 = 0o660;
@@ -22,7 +22,7 @@ const DEFAULT_SOCKET_MODE: u32 = 0o660;
 const MTU_MIN: u16 = 68;
 /// Largest MTU that a tap takes: 65,535 less an Ethernet header.
 const MTU_MAX: u16 = 65_521;
-/// Queue pairs that a port has.
+/// Queue pairs of a port that says nothing.
 const QUEUE_PAIRS: u16 = 1;
 
 const VM_NAME: Needed = Needed { table: "VM", key: "name", example: "name = \"web1\"" };
@@ -191,6 +191,8 @@ fn port(judge: &mut Judge, source: usize, port: Spanned<LoosePort>) -> Option<Po
     let user = |written: &LooseId| USERS.number_of(written);
     let group = |written: &LooseId| GROUPS.number_of(written);
     let peer = port.peer.and_then(|peer| peer_uid(judge, source, peer));
+    let control_queue = port.control_queue.unwrap_or(true);
+    let pairs = judge.value(at(source, port.queue_pairs), |number| queue_pairs(*number, control_queue));
     Some(Port {
         peer: judge.value(peer, user),
         owner: judge.value(at(source, port.owner), user),
@@ -199,10 +201,10 @@ fn port(judge: &mut Judge, source: usize, port: Spanned<LoosePort>) -> Option<Po
             .value(at(source, port.socket_mode), |text| values::socket_mode(text))
             .unwrap_or(DEFAULT_SOCKET_MODE),
         bridge: judge.value(at(source, port.bridge), |text| bridge(text)),
-        queue_pairs: judge.value(at(source, port.queue_pairs), |n| queue_pairs(*n)).unwrap_or(QUEUE_PAIRS),
+        queue_pairs: pairs.unwrap_or(QUEUE_PAIRS),
         mac: judge.value(at(source, port.mac), |text| text.parse::<Mac>()),
         mtu: judge.value(at(source, port.mtu), |number| mtu(*number)),
-        control_queue: port.control_queue.unwrap_or(true),
+        control_queue,
         coalesce: port.coalesce.unwrap_or(true),
         mode,
         netns,
@@ -270,8 +272,15 @@ fn bridge(text: &str) -> Result<String, ConfigError> {
     TapName::parse("bridge name", text).map(|name| name.to_string())
 }
 
-fn queue_pairs(number: i64) -> Result<u16, ConfigError> {
-    if number == i64::from(QUEUE_PAIRS) { Ok(QUEUE_PAIRS) } else { Err(ConfigError::QueuePairs(number)) }
+fn queue_pairs(number: i64, control_queue: bool) -> Result<u16, ConfigError> {
+    match u16::try_from(number) {
+        Ok(pairs @ 2..=QUEUE_PAIRS_MAX) if !control_queue => Err(ConfigError::PairsWithoutControl(pairs)),
+        Ok(pairs @ 1..=QUEUE_PAIRS_MAX) => Ok(pairs),
+        _ => {
+            let (min, max) = (1, QUEUE_PAIRS_MAX.into());
+            Err(ConfigError::OutOfRange { what: "queue_pairs", value: number, min, max })
+        }
+    }
 }
 
 fn mtu(number: i64) -> Result<u16, ConfigError> {

@@ -38,7 +38,8 @@ impl Brief {
     pub const fn features(&self) -> u64 {
         let mac = if self.mac.is_some() { features::MAC } else { 0 };
         let control = if self.control_queue { features::CTRL_VQ | features::GUEST_ANNOUNCE } else { 0 };
-        let many = if self.queue_pairs > 1 { features::MQ } else { 0 };
+        // A guest asks for more than one pair through the control queue.
+        let many = if self.queue_pairs > 1 && self.control_queue { features::MQ } else { 0 };
         let uso = if self.uso { features::USO } else { 0 };
         features::ALWAYS | mac | control | many | uso
     }

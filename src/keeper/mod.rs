@@ -61,8 +61,8 @@ enum Event {
     WorkerEnded,
     Termination,
     FrontEnd,
-    /// A kick, or the tap, is readable: something waits for the worker.
-    Work,
+    /// A kick of this queue pair, or its queue of the tap, is readable: something waits for the worker.
+    Work(usize),
 }
 
 /// Serves the inherited connection until it ends, and says in the log what there is to say. False if its
@@ -83,7 +83,8 @@ pub fn run(brief: Brief) -> bool {
 }
 
 fn begin(brief: Brief) -> anyhow::Result<(Keeper, OwnedFd)> {
-    let inherited = Inherited::take().context("a keeper is started by vmflow itself, never by hand")?;
+    let inherited =
+        Inherited::take(brief.queue_pairs).context("a keeper is started by vmflow itself, never by hand")?;
     let _ = rustix::thread::set_name(&std::ffi::CString::new(brief.process_name('k'))?);
     let descriptors = Descriptors::open().context("/proc/self/fd")?;
     door::shut(brief.uid)?;
@@ -97,6 +98,7 @@ fn begin(brief: Brief) -> anyhow::Result<(Keeper, OwnedFd)> {
     let gate = Gate::new(brief.clone(), descriptors);
     let connection = connection_number();
     let worker = Worker::fork(&brief, &inherited, connection)?;
+    let watches = vec![Watch::default(); brief.queue_pairs.into()];
     let keeper = Keeper {
         brief,
         inherited,
@@ -106,7 +108,7 @@ fn begin(brief: Brief) -> anyhow::Result<(Keeper, OwnedFd)> {
         worker,
         inbox: Inbox::default(),
         deaths: Deaths::default(),
-        watch: Watch::default(),
+        watches,
         is_whole: true,
     };
     Ok((keeper, termination))
@@ -149,7 +151,8 @@ struct Keeper {
     worker: Worker,
     inbox: Inbox,
     deaths: Deaths,
-    watch: Watch,
+    /// One for each queue pair.
+    watches: Vec<Watch>,
     /// The worker was told everything. It was not where a ring's memory is missing.
     is_whole: bool,
 }
@@ -188,7 +191,7 @@ impl Keeper {
                         }
                         other => other?,
                     },
-                    Event::Work => self.watch = Watch::woken(self.ledger.pulse(), Instant::now()),
+                    Event::Work(pair) => self.wake_watch(pair),
                 }
             }
             self.look_after_worker()?;
@@ -202,11 +205,10 @@ impl Keeper {
             (Event::Termination, termination.as_fd()),
             (Event::FrontEnd, self.inherited.front_end.as_fd()),
         ];
-        if self.watch == Watch::Asleep {
-            sources.extend(self.work().map(|fd| (Event::Work, fd)));
-        }
+        let asleep = self.watches.iter().enumerate().filter(|(_, watch)| **watch == Watch::Asleep);
+        sources.extend(asleep.flat_map(|(pair, _)| self.work(pair).map(move |fd| (Event::Work(pair), fd))));
         let mut fds: Vec<_> = sources.iter().map(|(_, fd)| readable(*fd)).collect();
-        let until = self.deadlines().into_iter().flatten().min();
+        let until = self.deadlines().min();
         loop {
             let rest = until.map(|until| until.saturating_duration_since(Instant::now()));
             let rest = rest.and_then(|rest| Timespec::try_from(rest).ok());
@@ -223,33 +225,42 @@ impl Keeper {
         Ok(ready.map(|((event, _), _)| *event).collect())
     }
 
-    /// What is readable when something waits for the worker: kicks, and the tap.
-    fn work(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.gate.session().kicks().chain([self.inherited.tap.as_fd()])
+    /// What is readable when something waits for the thread of a queue pair: kicks, and its queue of the tap.
+    fn work(&self, pair: usize) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.gate.session().kicks(pair).chain(self.inherited.tap.get(pair).map(AsFd::as_fd))
     }
 
     /// When to wake up at the latest: for the rest of a message, and to look after the worker.
-    fn deadlines(&self) -> [Option<Instant>; 2] {
-        [self.inbox.since().map(|since| since + MESSAGE_DEADLINE), self.watch.next()]
+    fn deadlines(&self) -> impl Iterator<Item = Instant> {
+        let message = self.inbox.since().map(|since| since + MESSAGE_DEADLINE);
+        message.into_iter().chain(self.watches.iter().filter_map(Watch::next))
     }
 
     fn look_after_worker(&mut self) -> Result<(), WorkerError> {
-        let mut watch = self.watch;
-        let finding = watch.look(Instant::now(), self.ledger.pulse(), || self.something_waits());
-        self.watch = watch;
-        match finding {
-            Finding::Fine => Ok(()),
-            Finding::Knock => {
-                self.worker.knock();
-                Ok(())
+        for pair in 0..self.watches.len() {
+            let mut watch = self.watches[pair];
+            let finding = watch.look(Instant::now(), self.pulse(pair), || self.something_waits(pair));
+            self.watches[pair] = watch;
+            match finding {
+                Finding::Fine => {}
+                Finding::Knock => self.worker.knock(pair),
+                Finding::Hangs => return self.replace_worker(WorkerError::Hangs),
             }
-            Finding::Hangs => self.replace_worker(WorkerError::Hangs),
         }
+        Ok(())
+    }
+
+    fn pulse(&self, pair: usize) -> u64 {
+        u16::try_from(pair).map_or(0, |pair| self.ledger.pulse(pair))
+    }
+
+    fn wake_watch(&mut self, pair: usize) {
+        self.watches[pair] = Watch::woken(self.pulse(pair), Instant::now());
     }
 
     /// True if a kick, or the tap, is readable.
-    fn something_waits(&self) -> bool {
-        let mut fds: Vec<_> = self.work().map(readable).collect();
+    fn something_waits(&self, pair: usize) -> bool {
+        let mut fds: Vec<_> = self.work(pair).map(readable).collect();
         poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
     }
 
@@ -272,7 +283,7 @@ impl Keeper {
                 Ok(is_whole) => {
                     self.is_whole = is_whole;
                     self.deaths.revived();
-                    self.watch = Watch::woken(self.ledger.pulse(), Instant::now());
+                    (0..self.watches.len()).for_each(|pair| self.wake_watch(pair));
                     return Ok(());
                 }
                 Err(again) => why = again,

@@ -10,33 +10,44 @@ use std::{
 
 use rustix::process::{Pid, PidfdFlags, Signal, getppid, pidfd_open, set_parent_process_death_signal};
 
-/// What a keeper is started with: the monitor puts these descriptors at 3, 4, 5 and 6.
+/// What a keeper is started with: the monitor puts these descriptors at 3, 4, 5, and from 6 on.
 #[derive(Debug)]
 pub struct Inherited {
     /// The front end's connection.
     pub front_end: OwnedFd,
-    /// The tap, not blocking.
-    pub tap: OwnedFd,
     /// The port's ledger.
     pub ledger: OwnedFd,
     /// The worker's end of the socket that policies come through.
     pub policies: OwnedFd,
+    /// The tap's queues, one for each queue pair, not blocking.
+    pub tap: Vec<OwnedFd>,
 }
 
 impl Inherited {
-    /// How many there are; the first is descriptor 3.
-    pub const COUNT: usize = 4;
     /// The first one's number.
     pub const FIRST: RawFd = 3;
 
-    /// Takes them over; `None` if they are not there, or not for the first time.
+    /// Takes them over, with so many queues of the tap; `None` if they are not there, or not for the first time.
     #[must_use]
-    pub fn take() -> Option<Self> {
+    pub fn take(queues: u16) -> Option<Self> {
         static TAKEN: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::new(false);
         if TAKEN.swap(true, std::sync::atomic::Ordering::Relaxed) {
             return None;
         }
-        Some(Self { front_end: own(3)?, tap: own(4)?, ledger: own(5)?, policies: own(6)? })
+        let (front_end, ledger, policies) = (own(3)?, own(4)?, own(5)?);
+        let tap = (6..).take(queues.into()).map(own).collect::<Option<_>>()?;
+        Some(Self { front_end, ledger, policies, tap })
+    }
+}
+
+/// In the order of their numbers.
+impl IntoIterator for Inherited {
+    type Item = OwnedFd;
+    type IntoIter = std::iter::Chain<std::array::IntoIter<OwnedFd, 3>, std::vec::IntoIter<OwnedFd>>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        let Self { front_end, ledger, policies, tap } = self;
+        [front_end, ledger, policies].into_iter().chain(tap)
     }
 }
 

@@ -64,9 +64,10 @@ impl Session {
         self.rings.get(ring).is_some_and(|ring| ring.kick.is_some())
     }
 
-    /// The kicks of all rings that are started.
-    pub fn kicks(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.rings.iter().filter_map(|ring| ring.kick.as_ref().map(AsFd::as_fd))
+    /// The kicks of those rings of a queue pair that are started.
+    pub fn kicks(&self, pair: usize) -> impl Iterator<Item = BorrowedFd<'_>> {
+        let rings = self.rings.iter().skip(2 * pair).take(2);
+        rings.filter_map(|ring| ring.kick.as_ref().map(AsFd::as_fd))
     }
 
     /// Keeps what the worker has acknowledged; not before, or a worker that died of it would hear it again.
@@ -241,7 +242,7 @@ mod tests {
     #[test]
     fn a_ring_that_was_stopped_does_not_start_again() {
         let mut session = started();
-        assert!(session.is_started(1) && session.kicks().count() == 1);
+        assert!(session.is_started(1) && session.kicks(0).count() == 1);
         session.remember(said(request::GET_VRING_BASE, state(1, 0)));
         assert!(!session.is_started(1));
         let (heard, whole) = replayed(&session);

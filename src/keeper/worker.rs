@@ -45,7 +45,8 @@ pub struct Worker {
     pidfd: OwnedFd,
     session: OwnedFd,
     inbox: Inbox,
-    again: OwnedFd,
+    /// One for each queue pair.
+    again: Vec<OwnedFd>,
 }
 
 /// Why the worker cannot be used any more.
@@ -89,17 +90,12 @@ impl Worker {
     /// [`WorkerError::Start`].
     pub fn fork(brief: &Brief, inherited: &Inherited, session: u64) -> Result<Self, WorkerError> {
         let (listener, connection) = private_connection().map_err(std::io::Error::from)?;
-        let again =
-            eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).map_err(std::io::Error::from)?;
-        let keep = [
-            listener.as_fd(),
-            again.as_fd(),
-            inherited.tap.as_fd(),
-            inherited.ledger.as_fd(),
-            inherited.policies.as_fd(),
-        ];
-        let orders =
-            worker::Orders { brief, inherited, listener: listener.as_fd(), again: again.as_fd(), session };
+        let event = |_| eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC);
+        let again: Vec<_> =
+            (0..brief.queue_pairs).map(event).collect::<Result<_, _>>().map_err(std::io::Error::from)?;
+        let mut keep = vec![listener.as_fd(), inherited.ledger.as_fd(), inherited.policies.as_fd()];
+        keep.extend(again.iter().chain(&inherited.tap).map(AsFd::as_fd));
+        let orders = worker::Orders { brief, inherited, listener: listener.as_fd(), again: &again, session };
         let pidfd = process::fork(&keep, || worker::run(&orders))?;
         Ok(Self { pidfd, session: connection, inbox: Inbox::default(), again })
     }
@@ -138,9 +134,11 @@ impl Worker {
         }
     }
 
-    /// Wakes the queues' threads.
-    pub fn knock(&self) {
-        let _ = rustix::io::write(&self.again, &1_u64.to_ne_bytes());
+    /// Wakes the thread of a queue pair.
+    pub fn knock(&self, pair: usize) {
+        if let Some(again) = self.again.get(pair) {
+            let _ = rustix::io::write(again, &1_u64.to_ne_bytes());
+        }
     }
 
     /// Ends it, whatever it does, and waits until all its threads are gone and its memory is given back: only

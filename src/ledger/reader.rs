@@ -111,12 +111,10 @@ impl Ledger {
         self.head_word(HeadWord::GivenUp).fetch_add(1, Ordering::Relaxed);
     }
 
-    /// The pulses of all queue pairs' threads together: changes whenever one of them wakes up.
+    /// The pulse of a queue pair's thread: changes whenever it wakes up.
     #[must_use]
-    pub fn pulse(&self) -> u64 {
-        let beats =
-            self.parts().map(|part| self.part_word(part, PartWord::Heartbeat).load(Ordering::Relaxed));
-        beats.fold(0, u64::wrapping_add)
+    pub fn pulse(&self, pair: u16) -> u64 {
+        self.part_word(Part::receive(pair), PartWord::Heartbeat).load(Ordering::Relaxed)
     }
 }
 

@@ -13,7 +13,6 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    os::fd::OwnedFd,
     path::PathBuf,
     rc::Rc,
     sync::{Arc, Mutex, PoisonError},
@@ -36,7 +35,7 @@ use crate::{
     label::Label,
     ledger::{DropReason, Totals, Volume},
     policy::Policy,
-    tap,
+    tap::{self, Queues},
 };
 
 /// Users (and groups) that keepers run as: this number plus the VM's label. The range up to 2^31 belongs to
@@ -53,7 +52,7 @@ pub struct InForce {
     /// Saved from threads that may wait for the disk.
     registry: Arc<Mutex<Registry>>,
     /// Taps that were handed in, by name. They stay ours whether a port has them or not.
-    handed_in: HashMap<String, OwnedFd>,
+    handed_in: HashMap<String, Queues>,
 }
 
 /// Why a change was not made.
@@ -105,7 +104,7 @@ pub enum Files {
 impl InForce {
     /// Nothing yet, but what belongs to the monitor itself.
     #[must_use]
-    pub fn new(config: &Config, registry: Registry, handed_in: HashMap<String, OwnedFd>) -> Self {
+    pub fn new(config: &Config, registry: Registry, handed_in: HashMap<String, Queues>) -> Self {
         let config = Config { vms: Vec::new(), ..config.clone() };
         Self { config, registry: Arc::new(Mutex::new(registry)), handed_in }
     }
@@ -182,7 +181,7 @@ impl Host {
         let vms = drafts.finish(made);
         self.enforce(vms, &ending).await;
         // The kernel takes its time to remove a tap, which it does when the last descriptor is closed.
-        let taps: Vec<_> = ending.iter().filter_map(|port| port.tap.try_clone().ok()).collect();
+        let taps: Vec<_> = ending.iter().filter_map(|port| port.tap.share(u16::MAX).ok()).collect();
         drop((before, there, ending));
         blocking(move || drop(taps)).await;
         Ok(changes)
@@ -197,9 +196,10 @@ impl Host {
         join_all(ending.iter().map(|port| port.end())).await;
         for port in ending {
             self.checkpoint.gather(port);
-            let goes_on = vms.iter().flat_map(|vm| &vm.ports).any(|p| Rc::ptr_eq(&p.tally, &port.tally));
-            if !goes_on {
-                say_farewell(port);
+            match vms.iter().flat_map(|vm| &vm.ports).find(|next| next.is_successor_of(port)) {
+                Some(next) if Rc::ptr_eq(&next.tally, &port.tally) => {}
+                Some(next) => next.tally.go_on_from(&PortCounters::of(port)),
+                None => say_farewell(port),
             }
         }
         for port in vms.iter().flat_map(|vm| &vm.ports).filter(|port| !there.contains(&Rc::as_ptr(port))) {
@@ -207,7 +207,7 @@ impl Host {
                 .iter()
                 .any(|before| before.has_tap_of(&port.config) && before.brief.label != port.brief.label)
             {
-                tap::drain(&port.tap);
+                tap::drain(port.tap.first());
             }
             port.start();
         }

@@ -8,6 +8,7 @@ use tokio::{
 };
 
 use super::{
+    change::blocking,
     doorbell::FrontEnd,
     ports::{Acknowledged, Port},
     spawn::{KeeperProcess, PolicySocket},
@@ -64,9 +65,9 @@ impl<'p> Connection<'p> {
         let (ours, theirs) = handover::pair()?;
         let inherited = Inherited {
             front_end: front_end.connection,
-            tap: port.tap.try_clone()?,
             ledger: port.tally.ledger_file.try_clone()?,
             policies: theirs,
+            tap: port.tap.share(port.brief.queue_pairs)?.into_iter().collect(),
         };
         let keeper = KeeperProcess::start(&port.brief, inherited)?;
         port.acknowledged.send_replace(Acknowledged::Nothing);
@@ -119,6 +120,8 @@ impl<'p> Connection<'p> {
         while let Ok(Some(_)) = self.policies.receive().await {}
         self.keeper.reap_worker().await;
         self.port.tally.close_accounts();
+        let tap = self.port.tap.share(self.port.brief.queue_pairs)?;
+        blocking(move || tap.rest()).await; // the kernel takes its time
         self.port.acknowledged.send_replace(Acknowledged::NoWorker);
         Ok(self.second.map(|(front_end, _)| front_end))
     }

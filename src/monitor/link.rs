@@ -156,12 +156,11 @@ pub fn configure(wanted: &Wanted) -> Result<Found, LinkError> {
     })
 }
 
-/// Runs `work` with a netlink connection in a network namespace: on a thread of its own, since a namespace
-/// is a thread's.
-fn inside<T: Send>(
-    netns: Option<&Path>,
-    work: impl AsyncFnOnce(Handle) -> Result<T, LinkError> + Send,
-) -> Result<T, LinkError> {
+/// Runs `work` in a network namespace: on a thread of its own, since a namespace is a thread's.
+///
+/// # Errors
+/// [`LinkError::Namespace`].
+pub fn in_namespace<T: Send>(netns: Option<&Path>, work: impl FnOnce() -> T + Send) -> Result<T, LinkError> {
     let namespace = netns.map(|path| open_namespace(path).map(|file| (path, file))).transpose()?;
     std::thread::scope(|scope| {
         let thread = scope.spawn(move || {
@@ -169,23 +168,32 @@ fn inside<T: Send>(
                 move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network))
                     .map_err(|e| LinkError::Namespace(path.into(), e.into()))?;
             }
-            let netlink = |e: io::Error| LinkError::Refused {
-                interface: "netlink".into(),
-                what: "connect",
-                why: e.to_string(),
-            };
-            let runtime =
-                tokio::runtime::Builder::new_current_thread().enable_io().build().map_err(netlink)?;
-            runtime.block_on(async {
-                let (connection, handle, _) = rtnetlink::new_connection().map_err(netlink)?;
-                let driver = tokio::spawn(connection);
-                let done = work(handle).await;
-                driver.abort();
-                done
-            })
+            Ok(work())
         });
         thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
+}
+
+/// Runs `work` with a netlink connection in a network namespace.
+fn inside<T: Send>(
+    netns: Option<&Path>,
+    work: impl AsyncFnOnce(Handle) -> Result<T, LinkError> + Send,
+) -> Result<T, LinkError> {
+    in_namespace(netns, || {
+        let netlink = |e: io::Error| LinkError::Refused {
+            interface: "netlink".into(),
+            what: "connect",
+            why: e.to_string(),
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().map_err(netlink)?;
+        runtime.block_on(async {
+            let (connection, handle, _) = rtnetlink::new_connection().map_err(netlink)?;
+            let driver = tokio::spawn(connection);
+            let done = work(handle).await;
+            driver.abort();
+            done
+        })
+    })?
 }
 
 fn open_namespace(path: &Path) -> Result<File, LinkError> {

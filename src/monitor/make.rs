@@ -3,7 +3,7 @@
 //! What a port that ends has, and one that begins wants, goes from the one to the other: nobody else can take
 //! it in between, and a front end that connects meanwhile waits.
 
-use std::{collections::HashMap, io, os::fd::OwnedFd, path::PathBuf, rc::Rc};
+use std::{collections::HashMap, io, path::PathBuf, rc::Rc};
 
 use super::{
     change::blocking,
@@ -18,7 +18,7 @@ use crate::{
     config,
     keeper::brief::Brief,
     ledger::LedgerError,
-    tap::{self, TapError},
+    tap::{self, Queues, TapError},
 };
 
 /// Why a port cannot be made.
@@ -72,7 +72,7 @@ pub struct Made {
     /// Where its front ends come from.
     pub doorbell: Doorbell,
     /// Its tap.
-    pub tap: OwnedFd,
+    pub tap: Queues,
     /// What its keepers are told.
     pub brief: Brief,
     /// What is counted of it.
@@ -92,7 +92,7 @@ pub(super) async fn make(
     wishes: Vec<Wish>,
     ending: &[Rc<Port>],
     there: &[Rc<Port>],
-    handed_in: &HashMap<String, OwnedFd>,
+    handed_in: &HashMap<String, Queues>,
 ) -> Result<Vec<Made>, MakeError> {
     let mut doorbells = Vec::with_capacity(wishes.len());
     for wish in &wishes {
@@ -106,7 +106,7 @@ pub(super) async fn make(
     for (Wish { config, brief, tally, counted }, (doorbell, socket_of)) in wishes.into_iter().zip(doorbells) {
         let tap_of = ending.iter().find(|port| port.has_tap_of(&config)).cloned();
         let (tap, mtu, uso) = match &tap_of {
-            Some(port) => (another(&port.tap, &config)?, port.brief.mtu, port.brief.uso),
+            Some(port) => (tap_of_another(port, &config, handed_in).await?, port.brief.mtu, port.brief.uso),
             None => new_tap(&config, there, handed_in).await?,
         };
         let tally = tally.map_or_else(|| Tally::new(&brief, &counted).map(Rc::new), Ok)?;
@@ -122,19 +122,44 @@ async fn check(wishes: &[Wish]) -> Result<(), LinkError> {
     blocking(move || wanted.iter().try_for_each(link::check)).await
 }
 
-fn another(tap: &OwnedFd, config: &config::Port) -> Result<OwnedFd, MakeError> {
-    tap.try_clone().map_err(|error| MakeError::Descriptor(config.tap.to_string(), error))
+/// Other descriptors of a tap.
+fn another(tap: &Queues, config: &config::Port, count: u16) -> Result<Queues, MakeError> {
+    tap.share(count).map_err(|error| MakeError::Descriptor(config.tap.to_string(), error))
+}
+
+/// The tap that a port has until it ends, with as many queues as are wanted now.
+async fn tap_of_another(
+    port: &Port,
+    config: &config::Port,
+    handed_in: &HashMap<String, Queues>,
+) -> Result<Queues, MakeError> {
+    let (name, count) = (config.tap.to_string(), config.queue_pairs);
+    let there = port.brief.queue_pairs;
+    if there >= count {
+        return another(&port.tap, config, count);
+    }
+    if let Some(all) = handed_in.get(&name) {
+        all.check(&name, count)?;
+        return another(all, config, count);
+    }
+    let mut tap = another(&port.tap, config, there)?;
+    let netns = wanted(config).netns;
+    let extend = move || -> Result<Queues, MakeError> {
+        link::in_namespace(netns.as_deref(), || tap.extend(&name, count))??;
+        Ok(tap)
+    };
+    blocking(extend).await
 }
 
 /// A tap that no port has, set up, its MTU, and whether it knows UDP segmentation.
 async fn new_tap(
     config: &config::Port,
     there: &[Rc<Port>],
-    handed_in: &HashMap<String, OwnedFd>,
-) -> Result<(OwnedFd, u16, bool), MakeError> {
-    let wanted = wanted(config);
+    handed_in: &HashMap<String, Queues>,
+) -> Result<(Queues, u16, bool), MakeError> {
+    let (wanted, count) = (wanted(config), config.queue_pairs);
     let name = wanted.name.clone();
-    let handed_in = handed_in.get(&name).map(|tap| another(tap, config)).transpose()?;
+    let handed_in = handed_in.get(&name).map(|tap| another(tap, config, u16::MAX)).transpose()?;
     if let (None, Some(netns)) = (&handed_in, &wanted.netns)
         && let Some(port) = there.iter().find(|p| p.config.netns.is_none() && p.config.tap == config.tap)
     {
@@ -142,12 +167,12 @@ async fn new_tap(
     }
     blocking(move || {
         let tap = match handed_in {
-            Some(fd) => tap::adopt(fd, &name)?,
-            None => tap::attach(&name)?,
+            Some(tap) => Queues::adopt(tap, &name, count)?,
+            None => Queues::attach(&name, count)?,
         };
-        let uso = tap::knows_uso(&tap, &name)?;
+        let uso = tap::knows_uso(tap.first(), &name)?;
         let mtu = link::configure(&wanted)?.mtu;
-        tap::drain(&tap); // one that was handed in may have been another VM's
+        tap::drain(tap.first()); // one that was handed in may have been another VM's
         Ok((tap, mtu, uso))
     })
     .await

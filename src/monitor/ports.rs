@@ -3,7 +3,6 @@
 use std::{
     cell::{Cell, RefCell},
     io,
-    os::fd::OwnedFd,
     process::ExitStatus,
     rc::Rc,
     time::Duration,
@@ -22,7 +21,12 @@ use super::{
     doorbell::{Doorbell, FrontEnd},
     tally::Tally,
 };
-use crate::{config, keeper::brief::Brief, policy::Policy, tap};
+use crate::{
+    config,
+    keeper::brief::Brief,
+    policy::Policy,
+    tap::{self, Queues},
+};
 
 /// How long to wait before the next connection is served, when keepers cannot be started.
 const START_RETRY: Duration = Duration::from_secs(1);
@@ -40,7 +44,7 @@ pub struct Port {
     /// What its keepers are told.
     pub brief: Brief,
     pub(super) doorbell: Doorbell,
-    pub(super) tap: OwnedFd,
+    pub(super) tap: Queues,
     /// What is counted of it.
     pub tally: Rc<Tally>,
     pub(super) policy: watch::Sender<Policy>,
@@ -83,7 +87,7 @@ pub struct Parts {
     /// Where its front ends come from.
     pub doorbell: Doorbell,
     /// Its tap, set up.
-    pub tap: OwnedFd,
+    pub tap: Queues,
     /// What is counted of it: goes on where it was there before.
     pub tally: Rc<Tally>,
     /// Its first policy.
@@ -171,7 +175,7 @@ impl Port {
     /// The tap's carrier follows the front end.
     fn connected(&self, connected: bool) {
         self.connected.set(connected);
-        if let Err(e) = tap::set_carrier(&self.tap, connected) {
+        if let Err(e) = tap::set_carrier(self.tap.first(), connected) {
             tracing::debug!("carrier: {e}");
         }
     }
@@ -225,11 +229,17 @@ impl Port {
         (&self.config.netns, &self.config.tap) == (&other.netns, &other.tap)
     }
 
+    /// True if it is the same port of the same VM, with other settings.
+    #[must_use]
+    pub fn is_successor_of(&self, before: &Self) -> bool {
+        (self.brief.label, self.brief.port) == (before.brief.label, before.brief.port)
+    }
+
     /// What is wrong with the tap, if anything. One that takes no frames for a moment, since its queue is full, is
     /// taken for one that is down.
     #[must_use]
     pub fn tap_trouble(&self) -> Option<&'static str> {
-        let mut tap = [PollFd::new(&self.tap, PollFlags::OUT)];
+        let mut tap = [PollFd::new(self.tap.first(), PollFlags::OUT)];
         poll(&mut tap, Some(&Timespec::default())).ok()?;
         let found = tap[0].revents();
         if found.contains(PollFlags::ERR) {

@@ -35,9 +35,8 @@ impl KeeperProcess {
     /// # Errors
     /// When the kernel gives no process or descriptor.
     pub fn start(brief: &Brief, inherited: Inherited) -> io::Result<Self> {
-        let files = [inherited.front_end, inherited.tap, inherited.ledger, inherited.policies];
         let mappings = (Inherited::FIRST..)
-            .zip(files)
+            .zip(inherited)
             .map(|(child_fd, parent_fd)| FdMapping { parent_fd, child_fd })
             .collect();
         let child = Command::new("/proc/self/exe")

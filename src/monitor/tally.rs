@@ -8,7 +8,7 @@ use std::{
 use super::checkpoint::PortCounters;
 use crate::{
     keeper::brief::Brief,
-    ledger::{Known, Ledger, LedgerError, recover},
+    ledger::{Known, Ledger, LedgerError, Part, recover},
 };
 
 /// Everything that is counted of a port.
@@ -17,9 +17,10 @@ pub struct Tally {
     ledger: Ledger,
     /// The ledger as a file, for those who write it.
     pub(super) ledger_file: OwnedFd,
-    known: RefCell<[Known; 2]>,
+    /// Of each part of the ledger.
+    known: RefCell<Vec<Known>>,
     /// Connections that were given up before the ledger was made.
-    given_up_before: u64,
+    given_up_before: Counter,
     /// What the ledger said of workers that died, and of connections given up. A broken worker can write there.
     worker_deaths: Counter,
     given_up: Counter,
@@ -34,12 +35,6 @@ pub struct Tally {
 /// A number that only grows.
 #[derive(Debug, Default)]
 pub struct Counter(Cell<u64>);
-
-impl From<u64> for Counter {
-    fn from(counted: u64) -> Self {
-        Self(Cell::new(counted))
-    }
-}
 
 impl Counter {
     /// One more.
@@ -66,28 +61,45 @@ impl Tally {
     /// # Errors
     /// When there is no memory for its ledger.
     pub fn new(port: &Brief, counted: &PortCounters) -> Result<Self, LedgerError> {
-        let known = counted.known();
-        let (ledger, ledger_file) = Ledger::resume(port.queue_pairs, &known)?;
-        Ok(Self {
+        let (ledger, ledger_file) = Ledger::create(port.queue_pairs)?;
+        let tally = Self {
             ledger,
             ledger_file,
-            known: RefCell::new(known),
-            connections: Counter::from(counted.connections),
-            refused: Counter::from(counted.refused_connections),
-            keeper_deaths: Counter::from(counted.worker_restarts),
-            given_up_before: counted.connections_given_up,
+            known: RefCell::default(),
+            given_up_before: Counter::default(),
             worker_deaths: Counter::default(),
             given_up: Counter::default(),
-        })
+            connections: Counter::default(),
+            refused: Counter::default(),
+            keeper_deaths: Counter::default(),
+        };
+        tally.go_on_from(counted);
+        Ok(tally)
     }
 
-    /// What was counted, read from the ledger now: receive, transmit.
+    /// Begins, before anything is counted here, with what was counted of the port before: all of it in the first
+    /// queue pair.
+    pub fn go_on_from(&self, counted: &PortCounters) {
+        let before = counted.known();
+        self.ledger.begin_with(&before);
+        let part = |part| before.iter().find(|known| known.part() == part).cloned();
+        let known = self.ledger.parts().map(|p| part(p).unwrap_or_else(|| Known::new(p)));
+        self.known.replace(known.collect());
+        self.connections.0.set(counted.connections);
+        self.refused.0.set(counted.refused_connections);
+        self.keeper_deaths.0.set(counted.worker_restarts);
+        self.given_up_before.0.set(counted.connections_given_up);
+    }
+
+    /// What was counted over all queue pairs, read from the ledger now: receive, transmit.
     pub fn counted(&self) -> [Known; 2] {
-        let mut known = self.known.borrow_mut();
-        for direction in known.iter_mut() {
-            direction.refresh(&self.ledger);
+        let mut sums = [Known::new(Part::receive(0)), Known::new(Part::transmit(0))];
+        for known in self.known.borrow_mut().iter_mut() {
+            known.refresh(&self.ledger);
+            let [receive, transmit] = &mut sums;
+            if known.part().is_transmit() { transmit.add(known) } else { receive.add(known) }
         }
-        known.clone()
+        sums
     }
 
     /// Workers that died: those that their keepers replaced, and those that died with their keepers.
@@ -101,7 +113,7 @@ impl Tally {
     #[must_use]
     pub fn connections_given_up(&self) -> u64 {
         let given_up = self.given_up.advance_to(self.ledger.connections_given_up());
-        given_up.saturating_add(self.given_up_before)
+        given_up.saturating_add(self.given_up_before.get())
     }
 
     /// Keeper and worker are gone: what they left unfinished is counted, since no ring goes on.

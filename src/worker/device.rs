@@ -1,69 +1,53 @@
-//! The vhost-user device: what the front end asked for, and which queue an event belongs to. No frame is
+//! The vhost-user device: what the front end asked for, and which queue pair an event belongs to. No frame is
 //! looked at here.
 
 use std::{
     io,
-    os::fd::{AsRawFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, OwnedFd, RawFd},
     sync::{
-        Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        Arc, OnceLock,
+        atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, Instant},
 };
 
 use rustix::io::Errno;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
-use vhost_user_backend::{VhostUserBackend, VringT};
-use virtio_queue::{Queue, QueueT};
-use vm_memory::GuestAddressSpace;
+use vhost_user_backend::VhostUserBackend;
 use vmm_sys_util::{
     epoll::EventSet,
     event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier},
 };
 
-use super::vring::{Ring, SharedMemory};
+use super::{
+    pair::{self, Direction, Pair, Shared},
+    queues::TapQueues,
+    vring::{Ring, SharedMemory},
+};
 use crate::{
-    features,
     keeper::brief::Brief,
-    ledger::{Account, DropReason, Ledger, Part, Pulse},
-    path::{
-        self, Turn,
-        forward::Tap,
-        inspect::{Coalesce, Link},
-        receive::Receive,
-        ring::{Memory, QueueFault},
-        transmit::Transmit,
-    },
+    ledger::Ledger,
     policy::{
         Policy,
         handover::{self, Packet},
     },
     tap,
-    wire::vnet::{HEADER_LEN, NegotiatedOffloads},
 };
 
 /// Largest queue size that the device takes.
 const QUEUE_SIZE_MAX: usize = 32_768;
-/// Rings of the one queue pair.
-const RINGS: u16 = 2;
-const RECEIVE: usize = 0;
-const TRANSMIT: usize = 1;
-/// Turns of a queue before other events have theirs.
-const TURNS: usize = 4;
-/// Length of the virtio-net header of a driver without `VERSION_1` and `MRG_RXBUF` (virtio 1.2, 5.1.6.1).
-const LEGACY_HEADER_LEN: usize = 10;
-/// Between two lines of the log that the guest caused.
-const PAUSE: Duration = Duration::from_secs(1);
+/// Rings of a queue pair.
+const RINGS: usize = 2;
 
-/// What woke the queue's thread. The crate has `0..RINGS` for kicks and `RINGS` for its exit event.
+/// What woke a pair's thread. The crate has `0..RINGS` for the kicks of the thread's own rings, and the number of
+/// all rings of the port (at most 32) for its exit event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
 enum Token {
     ReceiveKick = 0,
     TransmitKick = 1,
-    Tap = 3,
-    Again = 4,
-    Policy = 5,
+    Tap = 64,
+    Again = 65,
+    Policy = 66,
 }
 
 impl Token {
@@ -71,63 +55,24 @@ impl Token {
         match event {
             0 => Some(Self::ReceiveKick),
             1 => Some(Self::TransmitKick),
-            3 => Some(Self::Tap),
-            4 => Some(Self::Again),
-            5 => Some(Self::Policy),
+            64 => Some(Self::Tap),
+            65 => Some(Self::Again),
+            66 => Some(Self::Policy),
             _ => None,
         }
     }
 }
 
 /// One port's device.
+///
+/// The lock of a pair is held by at most one thread: its own, for a turn, or one that holds no other pair's, or
+/// takes all of them in their order.
 #[derive(Debug)]
 pub struct Device {
-    brief: Brief,
-    memory: SharedMemory,
-    tap: Tap,
-    /// Readable when a turn was bounded and there is more to do, and when the keeper wants to see a pulse.
-    again: OwnedFd,
-    pulse: Pulse,
+    shared: Arc<Shared>,
     policies: OwnedFd,
-    acked: AtomicU64,
     rings: OnceLock<Vec<Ring>>,
-    /// The control thread waits for the pair. (A mutex is not fair.)
-    control: AtomicUsize,
-    pair: Mutex<Pair>,
-}
-
-/// What the queue's thread changes. Its lock is held for a turn, so whoever takes it knows that no turn runs.
-#[derive(Debug)]
-struct Pair {
-    /// The connection's number, by which the ledger knows its rings.
-    session: u64,
-    policy: Option<Policy>,
-    transmit: Transmit,
-    receive: Receive,
-    /// Frames wait for room in the tap.
-    tap_full: bool,
-    /// When the guest last caused a line in the log.
-    said: Option<Instant>,
-}
-
-impl Pair {
-    /// Before a ring's first batch. True if the guest is to be signalled.
-    fn begin(&mut self, ring: usize, queue: &mut Queue, memory: &Memory) -> Result<bool, QueueFault> {
-        if ring == RECEIVE {
-            self.receive.settle(queue, memory, self.session)
-        } else {
-            self.transmit.settle(queue, memory, self.session)
-        }
-    }
-
-    /// True at most once in [`PAUSE`]: a guest may break its queue as often as it likes.
-    fn may_say(&mut self) -> bool {
-        let may = self.said.is_none_or(|said| said.elapsed() >= PAUSE);
-        if may {
-            self.said = Some(Instant::now());
-        }
-        may
-    }
+    pairs: Vec<Pair>,
 }
 
 /// What a device is made of.
@@ -137,10 +82,10 @@ pub struct Parts {
     pub brief: Brief,
     /// Guest memory, empty still.
     pub memory: SharedMemory,
-    /// The tap.
-    pub tap: OwnedFd,
-    /// An eventfd that the keeper can write to as well.
-    pub again: OwnedFd,
+    /// The tap's queues and eventfds that the keeper can write to as well, one of each for each queue pair.
+    pub pairs: Vec<pair::Parts>,
+    /// Which queues of the tap are attached.
+    pub queues: Arc<TapQueues>,
     /// Where policies come from.
     pub policies: OwnedFd,
     /// Where to count.
@@ -149,31 +94,18 @@ pub struct Parts {
     pub session: u64,
 }
 
+/// A descriptor that a thread watches: with which events, and under which number.
+pub type Source = (RawFd, EventSet, u64);
+
 impl Device {
     /// A device without memory, rings and policy: it passes nothing.
     #[must_use]
     pub fn new(parts: Parts) -> Self {
-        let Parts { brief, memory, tap, again, policies, ledger, session } = parts;
-        let account = |part| Account::succeed(&ledger, part, session);
-        Self {
-            brief,
-            memory,
-            tap: Tap::new(tap),
-            again,
-            pulse: Pulse::new(ledger.clone(), 0),
-            policies,
-            acked: AtomicU64::new(0),
-            rings: OnceLock::new(),
-            control: AtomicUsize::new(0),
-            pair: Mutex::new(Pair {
-                session,
-                policy: None,
-                transmit: Transmit::new(account(Part::transmit(0))),
-                receive: Receive::new(account(Part::receive(0))),
-                tap_full: false,
-                said: None,
-            }),
-        }
+        let Parts { brief, memory, pairs, queues, policies, ledger, session } = parts;
+        let shared = Arc::new(Shared { brief, memory, acked: AtomicU64::new(0), queues });
+        let pair = |parts| Pair::new(parts, Arc::clone(&shared), &ledger, session);
+        let pairs = pairs.into_iter().map(pair).collect();
+        Self { shared, policies, rings: OnceLock::new(), pairs }
     }
 
     /// Gives the device its rings, which the crate made.
@@ -181,111 +113,34 @@ impl Device {
         let _ = self.rings.set(rings);
     }
 
-    /// Descriptors to be watched by the queue's thread, with their events and numbers.
-    pub fn sources(&self) -> [(i32, EventSet, u64); 3] {
-        use std::os::fd::AsFd;
+    /// Descriptors to be watched by a pair's thread. The first pair's watches the policies too.
+    pub fn sources(&self, thread: usize) -> Vec<Source> {
         let both_ways = EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED;
-        [
-            (self.tap.as_fd().as_raw_fd(), both_ways, Token::Tap as u64),
-            (self.again.as_raw_fd(), EventSet::IN, Token::Again as u64),
-            (self.policies.as_raw_fd(), EventSet::IN, Token::Policy as u64),
-        ]
+        let Some(pair) = self.pairs.get(thread) else { return Vec::new() };
+        let mut sources = vec![
+            (pair.tap().as_fd().as_raw_fd(), both_ways, Token::Tap as u64),
+            (pair.again(), EventSet::IN, Token::Again as u64),
+        ];
+        if thread == 0 {
+            sources.push((self.policies.as_raw_fd(), EventSet::IN, Token::Policy as u64));
+        }
+        sources
     }
 
     /// The end: a frame that still waits is counted, and no ring is served any more.
     pub fn finish(&self) {
-        let mut pair = self.pair();
-        pair.receive.stop(DropReason::RingDisabled);
-        pair.transmit.stop();
+        self.pairs.iter().for_each(Pair::finish);
     }
 
-    /// For the control thread: no turn runs while it holds this, and none comes before it.
-    fn quiet(&self) -> MutexGuard<'_, Pair> {
-        self.control.fetch_add(1, Ordering::AcqRel);
-        let pair = self.pair();
-        self.control.fetch_sub(1, Ordering::AcqRel);
-        pair
+    fn ring(&self, index: usize) -> Option<&Ring> {
+        self.rings.get().and_then(|rings| rings.get(index))
     }
 
-    fn pair(&self) -> MutexGuard<'_, Pair> {
-        self.pair.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Runs turns of one ring; asks for another event if there is more to do after them.
-    fn run(&self, ring: usize) {
-        let Some(vring) = self.rings.get().and_then(|rings| rings.get(ring)) else { return };
-        for _ in 0..TURNS {
-            let turn = self.turn(vring, ring);
-            if turn.signal {
-                vring.signal();
-            }
-            if let Some(fault) = turn.fault {
-                vring.signal_error();
-                if self.pair().may_say() {
-                    let Brief { vm, label, port, .. } = &self.brief;
-                    let text = "it rests until it is reset";
-                    tracing::warn!(vm, label, port, ring, "the guest broke its queue: {fault}: {text}");
-                }
-            }
-            if !turn.more {
-                return;
-            }
-        }
-        let _ = rustix::io::write(&self.again, &1_u64.to_ne_bytes());
-    }
-
-    fn turn(&self, vring: &Ring, ring: usize) -> Turn {
-        vring.let_control_pass();
-        while self.control.load(Ordering::Acquire) > 0 {
-            std::thread::yield_now();
-        }
-        let mut pair = self.pair();
-        let memory = self.memory.memory();
-        let mut state = vring.get_mut();
-        let runs = state.is_enabled() && state.get_queue().ready() && !vring.is_broken();
-        if pair.policy.is_none() || !runs {
-            return Turn::default();
-        }
-        let queue = state.get_queue_mut();
-        let took_over = match vring.settle(|| pair.begin(ring, queue, &memory)) {
-            Ok(took_over) => took_over,
-            Err(fault) => {
-                vring.mark_broken(fault);
-                return Turn::fault(fault);
-            }
-        };
-        let Pair { policy: Some(policy), transmit, receive, tap_full, .. } = &mut *pair else {
-            return Turn::default();
-        };
-        let port = path::Port { policy, link: self.link(), tap: &self.tap };
-        let mut turn = if ring == RECEIVE {
-            let mergeable = self.acked.load(Ordering::Relaxed) & features::MRG_RXBUF != 0;
-            receive.turn(queue, &memory, &port, mergeable)
-        } else {
-            let turn = transmit.turn(queue, &memory, &port);
-            *tap_full = turn.tap_full;
-            turn
-        };
-        if let Some(fault) = turn.fault {
-            vring.mark_broken(fault);
-        }
-        // The worker before us may have died between publishing and signalling.
-        turn.signal |= took_over;
-        turn
-    }
-
-    fn link(&self) -> Link {
-        let acked = self.acked.load(Ordering::Relaxed);
-        let modern = acked & (features::VERSION_1 | features::MRG_RXBUF) != 0;
-        Link {
-            mtu: self.brief.mtu,
-            negotiated: NegotiatedOffloads::from_features(acked),
-            header_len: if modern { HEADER_LEN } else { LEGACY_HEADER_LEN },
-            coalesce: match (self.brief.coalesce, self.brief.uso) {
-                (false, _) => Coalesce::Nothing,
-                (true, false) => Coalesce::Tcp,
-                (true, true) => Coalesce::TcpAndUdp,
-            },
+    /// Runs turns of one ring of a pair.
+    fn run(&self, thread: usize, direction: Direction) {
+        let ring = self.ring(RINGS * thread + usize::from(direction == Direction::Transmit));
+        if let (Some(pair), Some(ring)) = (self.pairs.get(thread), ring) {
+            pair.run(ring, direction);
         }
     }
 
@@ -310,18 +165,17 @@ impl Device {
         }
     }
 
+    /// It is acknowledged when it is in force for every pair.
     fn swap_policy(&self, generation: u64, file: &OwnedFd) -> Packet {
+        let Brief { vm, label, port, .. } = &self.shared.brief;
         match Policy::read(file) {
-            Ok(policy) if policy.generation == generation && policy.label == self.brief.label() => {
-                // One that was meant for a worker before us may be older than what we have.
-                let in_force = &mut self.pair().policy;
-                let newest = in_force.filter(|known| known.generation > generation).unwrap_or(policy);
-                *in_force = Some(newest);
-                Packet::Acknowledged(newest.generation)
+            Ok(policy) if policy.generation == generation && policy.label == self.shared.brief.label() => {
+                let in_force = self.pairs.iter().map(|pair| pair.put_in_force(policy)).min();
+                self.pairs.iter().for_each(Pair::wake);
+                Packet::Acknowledged(in_force.unwrap_or(generation))
             }
             Ok(_) => Packet::Refused(generation),
             Err(e) => {
-                let Brief { vm, label, port, .. } = &self.brief;
                 tracing::warn!(vm, label, port, "{e}: the policy before stays in force");
                 Packet::Refused(generation)
             }
@@ -334,13 +188,17 @@ impl VhostUserBackend for Device {
     type Vring = Ring;
 
     fn num_queues(&self) -> usize {
-        RINGS.into()
+        RINGS * self.pairs.len()
+    }
+    /// One thread for each pair: a mask of its rings.
+    fn queues_per_thread(&self) -> Vec<u64> {
+        (0..self.pairs.len()).map(|pair| 0b11 << (RINGS * pair)).collect()
     }
     fn max_queue_size(&self) -> usize {
         QUEUE_SIZE_MAX
     }
     fn features(&self) -> u64 {
-        self.brief.features()
+        self.shared.brief.features()
     }
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
         VhostUserProtocolFeatures::MQ
@@ -349,42 +207,32 @@ impl VhostUserBackend for Device {
     }
     fn set_event_idx(&self, _enabled: bool) {} // the crate tells each queue
 
+    /// Offloads belong to the tap, not to its queues.
     fn acked_features(&self, acked: u64) {
-        let _no_turn_runs = self.quiet();
-        if let Err(e) = tap::set_offloads(&self.tap, acked) {
-            let Brief { vm, label, port, .. } = &self.brief;
+        let _no_turn_runs: Vec<_> = self.pairs.iter().map(Pair::quiet).collect();
+        let offloads = self.pairs.first().map_or(Ok(()), |pair| tap::set_offloads(pair.tap(), acked));
+        if let Err(e) = offloads {
+            let Brief { vm, label, port, .. } = &self.shared.brief;
             tracing::warn!(vm, label, port, "the tap's offloads could not be set: {e}");
         }
-        self.acked.store(acked, Ordering::Relaxed);
+        self.shared.acked.store(acked, Ordering::Relaxed);
     }
 
     /// When this returns no turn uses the memory of before.
     fn update_memory(&self, _memory: SharedMemory) -> io::Result<()> {
-        drop(self.quiet());
-        for ring in self.rings.get().into_iter().flatten() {
-            ring.memory_changed();
-        }
-        let _ = rustix::io::write(&self.again, &1_u64.to_ne_bytes());
+        self.pairs.iter().for_each(|pair| drop(pair.quiet()));
+        self.rings.get().into_iter().flatten().for_each(Ring::memory_changed);
+        self.pairs.iter().for_each(Pair::wake);
         Ok(())
     }
 
-    /// When this returns no turn runs on the ring, and none will. What a dead worker did on a ring that stops
-    /// before its first batch is published now, and the base that the front end is told is behind it.
+    /// When this returns no turn runs on the ring, and none will; the base that the front end is told is behind
+    /// all that was done.
     fn stop_vring(&self, index: u32) -> io::Result<()> {
-        let mut pair = self.quiet();
-        let ring = usize::try_from(index).unwrap_or(usize::MAX);
-        if let Some(vring) = self.rings.get().and_then(|rings| rings.get(ring)) {
-            let mut state = vring.get_mut();
-            let memory = self.memory.memory();
-            if vring.settle(|| pair.begin(ring, state.get_queue_mut(), &memory)) == Ok(true) {
-                vring.signal();
-            }
-            vring.set_stopped();
-        }
-        match ring {
-            RECEIVE => pair.receive.stop(DropReason::RingDisabled),
-            TRANSMIT => pair.transmit.stop(),
-            _ => {}
+        let index = usize::try_from(index).unwrap_or(usize::MAX);
+        let direction = if index % RINGS == 0 { Direction::Receive } else { Direction::Transmit };
+        if let (Some(pair), Some(ring)) = (self.pairs.get(index / RINGS), self.ring(index)) {
+            pair.stop_ring(ring, direction);
         }
         Ok(())
     }
@@ -394,31 +242,29 @@ impl VhostUserBackend for Device {
     }
 
     /// Never an error for something that the guest did: an error ends the thread.
-    fn handle_event(&self, event: u16, set: EventSet, _rings: &[Ring], _thread: usize) -> io::Result<()> {
-        self.pulse.beat();
+    fn handle_event(&self, event: u16, set: EventSet, _rings: &[Ring], thread: usize) -> io::Result<()> {
+        let Some(pair) = self.pairs.get(thread) else { return Ok(()) };
+        pair.beat();
         match Token::decode(event) {
-            Some(Token::ReceiveKick) => self.run(RECEIVE),
-            Some(Token::TransmitKick) => self.run(TRANSMIT),
+            Some(Token::ReceiveKick) => self.run(thread, Direction::Receive),
+            Some(Token::TransmitKick) => self.run(thread, Direction::Transmit),
             Some(Token::Tap) => {
                 if set.contains(EventSet::IN) {
-                    self.run(RECEIVE);
+                    self.run(thread, Direction::Receive);
                 }
                 // The tap says that it has room each time that it says anything.
-                if set.contains(EventSet::OUT) && self.pair().tap_full {
-                    self.run(TRANSMIT);
+                if set.contains(EventSet::OUT) && pair.waits_for_room() {
+                    self.run(thread, Direction::Transmit);
                 }
             }
             Some(Token::Again) => {
-                let _ = rustix::io::read(&self.again, &mut [0_u8; 8]);
-                self.run(TRANSMIT);
-                self.run(RECEIVE);
+                pair.woken();
+                self.run(thread, Direction::Transmit);
+                self.run(thread, Direction::Receive);
             }
+            // Every pair is woken when a policy is in force.
             Some(Token::Policy) => {
-                if self.take_policies().is_err() {
-                    return Err(io::Error::other("the monitor is gone"));
-                }
-                self.run(TRANSMIT);
-                self.run(RECEIVE);
+                self.take_policies().map_err(|_| io::Error::other("the monitor is gone"))?;
             }
             None => {}
         }

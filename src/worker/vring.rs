@@ -24,6 +24,7 @@ use vhost_user_backend::{VringMutex, VringStateGuard, VringStateMutGuard, VringT
 use virtio_queue::{Error as QueueError, QueueT};
 use vm_memory::GuestMemoryAtomic;
 
+use super::queues::TapQueues;
 use crate::path::ring::{Memory, QueueFault};
 
 /// Guest memory as the crates share it.
@@ -55,6 +56,8 @@ struct Own {
     error: Mutex<Option<Arc<File>>>,
     /// The event loop that the kick is registered with, and under which number.
     event_loop: OnceLock<(RawFd, u64)>,
+    /// A receive ring's queue of the tap, and its number.
+    tap_queue: OnceLock<(Arc<TapQueues>, usize)>,
     /// It became ready, and no batch has run since.
     fresh: AtomicBool,
     /// [`SOUND`], or the guest broke it: it rests until it is stopped and started again.
@@ -80,6 +83,18 @@ impl Ring {
     /// Tells the ring where its kick is registered.
     pub fn belongs_to(&self, event_loop: RawFd, token: u64) {
         let _ = self.own.event_loop.set((event_loop, token));
+    }
+
+    /// Tells a receive ring which queue of the tap it gets its frames from.
+    pub fn takes_from(&self, queues: Arc<TapQueues>, pair: usize) {
+        let _ = self.own.tap_queue.set((queues, pair));
+    }
+
+    /// The ring is not served: nothing is to come for it.
+    fn release_tap_queue(&self) {
+        if let Some((queues, pair)) = self.own.tap_queue.get() {
+            queues.release(*pair);
+        }
     }
 
     /// Signals the guest.
@@ -185,6 +200,9 @@ impl VringT<SharedMemory> for Ring {
             self.own.broken.store(SOUND, Ordering::Relaxed);
             state.get_queue_mut().set_ready(ready);
         });
+        if !ready {
+            self.release_tap_queue();
+        }
     }
 
     /// Where a ring starts is decided before its first batch.
@@ -253,6 +271,10 @@ impl VringT<SharedMemory> for Ring {
     }
     fn set_enabled(&self, enabled: bool) {
         self.control(|inner| inner.set_enabled(enabled));
+        // One that becomes ready later, or is so already, is served when it has a buffer.
+        if !enabled || !self.get_ref().get_queue().ready() {
+            self.release_tap_queue();
+        }
     }
     fn set_queue_info(&self, descriptors: u64, available: u64, used: u64) -> Result<(), QueueError> {
         self.control(|inner| inner.set_queue_info(descriptors, available, used))

@@ -73,6 +73,7 @@ fn stop(process: Pid) {
 
 /// What a VM's deaths may have cost, and no more: both ends agree with the ledger, but for what it calls uncertain.
 fn check_after_deaths(rig: &Rig, traffic: &Traffic, device: &Device, deaths: u64) {
+    let pairs = u64::try_from(device.pairs.len()).unwrap();
     let port = rig.vmflow.port(NAMES[0]);
     let (transmit, receive) = rig.vmflow.totals(NAMES[0]);
     let (from_guest, to_guest) = rig.kernel(0);
@@ -86,7 +87,7 @@ fn check_after_deaths(rig: &Rig, traffic: &Traffic, device: &Device, deaths: u64
     );
     assert_eq!(port.connections, 1, "the front end notices nothing");
     assert_eq!(port.worker_restarts, deaths);
-    assert!(port.uncertain <= 2 * deaths, "one write and one read a death: {}", port.uncertain);
+    assert!(port.uncertain <= 2 * pairs * deaths, "one write, one read a pair a death: {}", port.uncertain);
     assert_eq!((lost, traffic.doubled_to_guest()), (0, 0));
     assert!(doubled <= port.uncertain);
     assert_eq!(transmit.passed.frames + doubled, from_guest.frames, "the tap's count");
@@ -94,13 +95,13 @@ fn check_after_deaths(rig: &Rig, traffic: &Traffic, device: &Device, deaths: u64
     assert!(to_guest - receive.chains <= port.uncertain, "{to_guest} read, {} counted", receive.chains);
     assert_eq!((receive.passed.frames, receive.passed.bytes), (received.frames, received.bytes));
     assert_eq!(receive.chains, receive.passed.frames + gone);
-    assert!(gone <= deaths);
+    assert!(gone <= pairs * deaths);
     assert!(traffic.lost_to_guest(to_guest) <= gone + port.uncertain);
 }
 
 /// Kills the worker at random moments under load.
 fn killed_under_load(config: Config, deaths: u64) {
-    let rig = Rig::two();
+    let rig = Rig::with("", &[&format!("queue_pairs = {}", config.pairs), ""]);
     let mut other = rig.connect(1, Config::default());
     let mut device = rig.connect(0, config);
     let (mut traffic, mut others) = (Traffic::default(), Traffic::default());
@@ -121,7 +122,9 @@ fn killed_under_load(config: Config, deaths: u64) {
             (process(&rig, "vmf-w", NAMES[0]) != worker).then_some(())
         });
         // What the guest has back is in the ledger: the tap must have seen the same.
-        device.first().transmit.drain(PATIENCE).unwrap();
+        for pair in &mut device.pairs {
+            pair.transmit.drain(PATIENCE).unwrap();
+        }
         let after = rig.vmflow.totals(NAMES[0]);
         never_back(&before.0, &after.0);
         never_back(&before.1, &after.1);
@@ -143,6 +146,13 @@ fn killed_under_load(config: Config, deaths: u64) {
 #[test]
 fn a_worker_killed_under_load_is_replaced_and_its_front_end_notices_nothing() {
     killed_under_load(Config::default(), count(20, 1000));
+}
+
+#[test]
+fn that_is_so_with_several_queue_pairs() {
+    for pairs in [2, 4] {
+        killed_under_load(crate::pairs::config(pairs), count(20, 500));
+    }
 }
 
 #[test]

@@ -25,6 +25,7 @@ mod ending;
 mod numbers;
 mod offload;
 mod operate;
+mod pairs;
 mod policy;
 mod protocol;
 mod queue;

@@ -8,7 +8,7 @@ use std::{
 use vmflow::ledger::Totals;
 use vmflow_driver::{
     channel::Channel,
-    frame::{Ends, pattern},
+    frame::{Ends, at, pattern},
     net::{Config, Device},
     session::Session,
     transmit::{Layout, Traffic},
@@ -26,6 +26,8 @@ pub const NAMES: [&str; 2] = ["web1", "web2"];
 pub const EXPERIMENT: u16 = 0x88b5;
 /// Bytes of an Ethernet header.
 const ETHERNET: usize = 14;
+/// The first port number of frames with flows.
+const FLOWS_FROM: u16 = 10_000;
 
 /// A frame that nobody answers, of `length` bytes in all, different for each `number`.
 pub fn frame(length: usize, number: u64) -> Vec<u8> {
@@ -35,6 +37,33 @@ pub fn frame(length: usize, number: u64) -> Vec<u8> {
 /// The number of a frame that [`frame`] made, of at least 22 bytes.
 pub fn number(bytes: &[u8]) -> u64 {
     u64::from_be_bytes(bytes[ETHERNET..ETHERNET + 8].try_into().unwrap())
+}
+
+/// The same, of at least 50 bytes, as one packet of flow `flow` of many: a UDP datagram without a checksum.
+pub fn of_flow(flow: u16, length: usize, number: u64) -> Vec<u8> {
+    let headers = at::UDP_PAYLOAD;
+    let ends = Ends { ports: [FLOWS_FROM + flow, FLOWS_FROM], ..Ends::default() };
+    let mut bytes = ends.udp(&pattern(length - headers, number));
+    bytes[headers - 2..headers].fill(0);
+    bytes
+}
+
+/// The other direction of that flow.
+pub fn of_flow_back(flow: u16, length: usize, number: u64) -> Vec<u8> {
+    let mut bytes = of_flow(flow, length, number);
+    let (ip, l4) = (at::IP, at::L4);
+    bytes[..12].rotate_left(6);
+    bytes[ip + 12..ip + 20].rotate_left(4);
+    bytes[l4..l4 + 4].rotate_left(2);
+    bytes
+}
+
+/// Flow and number of a frame that one of these made.
+pub fn flow_and_number(bytes: &[u8]) -> (u16, u64) {
+    let port = |at: usize| u16::from_be_bytes(bytes[at..at + 2].try_into().unwrap());
+    let number = &bytes[at::UDP_PAYLOAD..at::UDP_PAYLOAD + 8];
+    let flow = port(at::L4).max(port(at::L4 + 2)) - FLOWS_FROM;
+    (flow, u64::from_be_bytes(number.try_into().unwrap()))
 }
 
 /// A vmflow, the tap of each VM, and the other side of each tap.

@@ -1,4 +1,5 @@
-//! Numbered frames both ways without a pause, while something happens to the connection.
+//! Numbered frames of many flows, both ways and over all queue pairs without a pause, while something happens to
+//! the connection.
 
 use std::{
     collections::BTreeMap,
@@ -9,13 +10,15 @@ use vmflow_driver::{channel::Channel, net::Device, transmit::Layout, vnet::VnetH
 
 use crate::{
     harness::{PATIENCE, wait_for},
-    rig::{Rig, frame, number},
+    rig::{Rig, flow_and_number, of_flow, of_flow_back},
 };
 
 /// Frames under way each way: enough for several batches, fewer than the tap's queue holds.
 const WINDOW: u64 = 128;
 /// Length of the frames.
 const LENGTH: usize = 100;
+/// Flows of each direction.
+const FLOWS: u64 = 61;
 /// How long nothing may come before nothing more is on its way.
 const QUIET: Duration = Duration::from_millis(200);
 
@@ -40,7 +43,7 @@ impl Traffic {
         let came = self.step_of_guest(rig, vm, device);
         // Those that were given up may come after all.
         while self.injected.saturating_sub(self.given_up + count(&self.delivered)) < WINDOW {
-            if !rig.wires[vm].try_send(&frame(LENGTH, self.injected)) {
+            if !rig.wires[vm].try_send(&of_flow_back(flow(self.injected), LENGTH, self.injected)) {
                 break;
             }
             self.injected += 1;
@@ -69,13 +72,16 @@ impl Traffic {
     /// As `step`, without new frames of the host: its tap may be gone at any moment.
     pub fn step_of_guest(&mut self, rig: &Rig, vm: usize, device: &mut Device) -> bool {
         let came = self.take(rig, vm, device);
-        let transmit = &mut device.first().transmit;
         let taken = |queue: &vmflow_driver::queue::Queue| u64::from(queue.ring().size() - queue.free());
-        while transmit.queue.free() > 0 && taken(&transmit.queue) < WINDOW {
-            transmit.add(&frame(LENGTH, self.sent), &VnetHeader::default(), Layout::Single).unwrap();
-            self.sent += 1;
+        let window = WINDOW / u64::try_from(device.pairs.len()).unwrap();
+        for transmit in device.pairs.iter_mut().map(|pair| &mut pair.transmit) {
+            while transmit.queue.free() > 0 && taken(&transmit.queue) < window {
+                let bytes = of_flow(flow(self.sent), LENGTH, self.sent);
+                transmit.add(&bytes, &VnetHeader::default(), Layout::Single).unwrap();
+                self.sent += 1;
+            }
+            transmit.flush().unwrap();
         }
-        transmit.flush().unwrap();
         came
     }
 
@@ -91,18 +97,22 @@ impl Traffic {
 
     /// Takes what came at both ends.
     fn take(&mut self, rig: &Rig, vm: usize, device: &mut Device) -> bool {
-        let mut came = device.first().transmit.reclaim().unwrap() > 0;
+        let mut came = false;
+        for pair in &mut device.pairs {
+            came |= pair.transmit.reclaim().unwrap() > 0;
+        }
         while let Some(frame) = rig.wires[vm].try_receive() {
-            *self.arrived.entry(number(&frame.bytes)).or_default() += 1;
+            *self.arrived.entry(flow_and_number(&frame.bytes).1).or_default() += 1;
             came = true;
         }
-        let receive = &mut device.first().receive;
-        while let Some(frame) = receive.receive().unwrap() {
-            assert_eq!(frame.strays, 0);
-            *self.delivered.entry(number(&frame.bytes)).or_default() += 1;
-            came = true;
+        for receive in device.pairs.iter_mut().map(|pair| &mut pair.receive) {
+            while let Some(frame) = receive.receive().unwrap() {
+                assert_eq!(frame.strays, 0);
+                *self.delivered.entry(flow_and_number(&frame.bytes).1).or_default() += 1;
+                came = true;
+            }
+            receive.refill().unwrap();
         }
-        receive.refill().unwrap();
         came
     }
 
@@ -132,7 +142,8 @@ impl Traffic {
     /// Sends nothing more, and takes everything that is still on its way.
     pub fn end(&mut self, rig: &Rig, vm: usize, device: &mut Device) {
         let mut last = Instant::now();
-        while device.first().transmit.queue.in_flight() > 0 || last.elapsed() < QUIET {
+        let in_flight = |device: &Device| device.pairs.iter().any(|p| p.transmit.queue.in_flight() > 0);
+        while in_flight(device) || last.elapsed() < QUIET {
             if self.take(rig, vm, device) {
                 last = Instant::now();
             }
@@ -165,6 +176,11 @@ impl Traffic {
         let (arrived, delivered) = (count(&self.arrived), count(&self.delivered));
         format!("{} sent, {arrived} arrived, {} injected, {delivered} delivered", self.sent, self.injected)
     }
+}
+
+/// The flow of a frame.
+fn flow(number: u64) -> u16 {
+    u16::try_from(number % FLOWS).unwrap()
 }
 
 /// Different frames.

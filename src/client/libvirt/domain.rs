@@ -193,10 +193,10 @@ mod tests {
 
     #[test]
     fn an_interface_says_all_that_a_port_needs() {
-        let more = "<target dev='vmf-web1'/><mtu size='9000'/><driver queues='1'/>";
+        let more = "<target dev='vmf-web1'/><mtu size='9000'/><driver queues='4'/>";
         let said = domain("", &interface("/run/vmflow/web1/net0.sock", "client", more)).unwrap();
         let port = json!({ "socket": "/run/vmflow/web1/net0.sock", "mode": "server", "tap": "vmf-web1",
-            "mtu": 9000, "queue_pairs": 1, "owner": "64055" });
+            "mtu": 9000, "queue_pairs": 4, "owner": "64055" });
         assert_eq!(said.to_json(), json!({ "name": "web1", "uuid": UUID, "port": [port] }));
     }
 

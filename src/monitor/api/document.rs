@@ -105,7 +105,7 @@ pub struct PortStats {
     pub netns: Option<String>,
     /// True while a front end is connected.
     pub connected: bool,
-    /// Number of queue pairs.
+    /// Number of queue pairs; all that is counted is counted over all of them.
     pub queue_pairs: u16,
     /// Workers that died. Another one took over, and the front end noticed nothing; or it was connected anew.
     pub worker_restarts: u64,
