@@ -271,7 +271,6 @@ queue_pairs = 16
             mtu: None,
             control_queue: true,
             coalesce: true,
-            ..full.clone()
         };
         assert_eq!(vm.ports, [full, bare]);
     }

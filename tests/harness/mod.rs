@@ -242,13 +242,8 @@ impl Vmflow {
     }
 
     /// Starts a command that is to become ready.
-    pub fn start_as(command: Command, directory: &Arc<TempDir>) -> Self {
-        Self::start_with_input(command, directory, Stdio::null())
-    }
-
-    /// The same with a standard input: the way for a descriptor to be handed in.
-    pub fn start_with_input(mut command: Command, directory: &Arc<TempDir>, input: Stdio) -> Self {
-        let mut child = command.stdin(input).stderr(Stdio::piped()).spawn().unwrap();
+    pub fn start_as(mut command: Command, directory: &Arc<TempDir>) -> Self {
+        let mut child = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         let log = Arc::new(Log::default());
         log.follow(child.stderr.take().unwrap());
         let vmflow = Self { child, directory: Arc::clone(directory), log };

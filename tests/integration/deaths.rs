@@ -17,6 +17,7 @@ use crate::{
         harass::{Harasser, scatter},
         name, wait_for,
     },
+    held::Held,
     rig::{NAMES, Rig, hang_up, passes},
     session::reconnect,
     traffic::Traffic,
@@ -188,6 +189,26 @@ fn a_worker_that_hangs_while_frames_flow_is_replaced() {
 }
 
 #[test]
+fn one_hung_thread_of_several_is_noticed_though_the_others_go_on() {
+    const PAIRS: u16 = 3;
+    for pair in 0..PAIRS {
+        let rig = Rig::one(&format!("queue_pairs = {PAIRS}"));
+        let mut device = rig.connect(0, crate::pairs::config(PAIRS));
+        let mut traffic = Traffic::default();
+        traffic.flow(&rig, 0, &mut device, SOME);
+        let held = Held::thread_of_pair(process(&rig, "vmf-w", NAMES[0]), pair.into());
+        wait_for("another worker", || {
+            traffic.step(&rig, 0, &mut device);
+            held.let_it_die();
+            (rig.vmflow.port(NAMES[0]).worker_restarts == 1).then_some(())
+        });
+        traffic.flow(&rig, 0, &mut device, SOME);
+        traffic.end_and_empty_tap(&rig, 0, &mut device);
+        check_after_deaths(&rig, &traffic, &device, 1);
+    }
+}
+
+#[test]
 fn a_worker_that_hangs_when_something_is_asked_of_it_is_replaced() {
     let rig = Rig::one("");
     let mut device = rig.connect(0, Config::default());
@@ -279,9 +300,19 @@ fn a_guest_that_breaks_every_worker_loses_its_connection_and_is_counted() {
 
 #[test]
 fn a_killed_keeper_costs_its_vm_a_reconnect_and_the_other_vm_nothing() {
-    let rig = Rig::two();
+    killed_keeper(Config::default());
+}
+
+#[test]
+fn a_killed_keeper_costs_no_more_with_several_queue_pairs() {
+    killed_keeper(crate::pairs::config(4));
+}
+
+fn killed_keeper(config: Config) {
+    let pairs = u64::from(config.pairs);
+    let rig = Rig::with("", &[&format!("queue_pairs = {pairs}"), ""]);
     let mut other = rig.connect(1, Config::default());
-    let mut device = rig.connect(0, Config::default());
+    let mut device = rig.connect(0, config);
     let (mut traffic, mut others) = (Traffic::default(), Traffic::default());
     let times = count(10, 100);
     for round in 1..=times {
@@ -318,11 +349,12 @@ fn a_killed_keeper_costs_its_vm_a_reconnect_and_the_other_vm_nothing() {
         "{times} deaths: {uncertain} uncertain, {doubled} sent again and counted, {unmatched} read and not \
          published, {unseen} counted and perhaps not published"
     );
-    assert!(uncertain <= 2 * times);
+    assert!(uncertain <= 2 * pairs * times);
     assert!(from_guest.frames - transmit.passed.frames <= uncertain, "what was sent is counted, also twice");
     assert!(to_guest - receive.chains <= uncertain);
     // Sent and not published is sent again; a batch in the ledger may not have been published.
-    assert!(doubled <= times * BATCH && unseen <= times * BATCH && unmatched <= times * BATCH);
+    let batches = pairs * times * BATCH;
+    assert!(doubled <= batches && unseen <= batches && unmatched <= batches);
 }
 
 #[test]

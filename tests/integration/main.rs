@@ -22,6 +22,7 @@ mod content;
 mod deaths;
 mod doctor;
 mod ending;
+mod held;
 mod numbers;
 mod offload;
 mod operate;

@@ -24,8 +24,17 @@ fn labelled(totals: &Totals) {
 
 #[test]
 fn a_vm_that_is_tagged_and_cleared_under_traffic_loses_and_doubles_no_frame() {
-    let rig = Rig::two();
-    let mut device = rig.connect(0, Config::default());
+    tagged_under_traffic(Config::default());
+}
+
+#[test]
+fn that_is_so_with_several_queue_pairs() {
+    tagged_under_traffic(crate::pairs::config(4));
+}
+
+fn tagged_under_traffic(config: Config) {
+    let rig = Rig::with("", &[&format!("queue_pairs = {}", config.pairs), ""]);
+    let mut device = rig.connect(0, config);
     let mut other = rig.connect(1, Config::default());
     let mut traffic = Traffic::default();
     for _ in 0..count(5, 200) {

@@ -19,7 +19,9 @@ const SOME: u64 = 300;
 /// Connects again and goes on where it was.
 pub fn reconnect(rig: &Rig, vm: usize, device: &mut Device) {
     device.reconnect(&rig.socket(vm)).unwrap_or_else(|e| panic!("{e}: {e:?}"));
-    device.first().receive.refill().unwrap();
+    for pair in &mut device.pairs {
+        pair.receive.refill().unwrap();
+    }
 }
 
 #[test]

@@ -74,6 +74,34 @@ fn a_tap_that_somebody_else_uses_is_refused() {
 }
 
 #[test]
+fn a_tap_with_one_queue_is_refused_where_several_are_wanted() {
+    let tap = unique("t");
+    let held = vmflow::tap::attach(&tap).unwrap();
+    let words = [&*tap, "one queue", "multi_queue"];
+    refused(&here(Setup::new(), &tap, "queue_pairs = 2"), REFUSED, &words);
+    drop(held);
+    run("ip", &["tuntap", "add", "dev", &tap, "mode", "tap", "vnet_hdr"]);
+    let removed = Interface(tap.clone());
+    refused(&here(Setup::new(), &tap, "queue_pairs = 2"), REFUSED, &words);
+    drop(removed);
+    let bridge = Interface(unique("t"));
+    run("ip", &["link", "add", &bridge.0, "type", "bridge"]);
+    refused(&here(Setup::new(), &bridge.0, "queue_pairs = 2"), REFUSED, &[&bridge.0, "not a tap"]);
+}
+
+#[test]
+fn a_tap_that_was_made_with_several_queues_is_taken_as_it_is_and_left_there() {
+    let tap = Interface(unique("t"));
+    run("ip", &["tuntap", "add", "dev", &tap.0, "mode", "tap", "multi_queue", "vnet_hdr"]);
+    run("ip", &["addr", "add", "192.0.2.77/32", "dev", &tap.0]);
+    let setup = here(Setup::new(), &tap.0, "queue_pairs = 3");
+    let vmflow = setup.start();
+    assert_eq!(vmflow.port(NAMES[0]).queue_pairs, 3);
+    vmflow.stop();
+    assert!(run("ip", &["addr", "show", "dev", &tap.0]).contains("192.0.2.77"));
+}
+
+#[test]
 fn an_interface_that_is_no_tap_is_refused() {
     let (bridge, setup) = (unique("t"), Setup::new());
     run("ip", &["link", "add", &bridge, "type", "bridge"]);

@@ -1,11 +1,9 @@
 //! Taps that are handed in as descriptors, and what one does that is full.
 
-use std::{
-    os::fd::OwnedFd,
-    path::Path,
-    process::{Command, Stdio},
-};
+use std::{path::Path, process::Command};
 
+use command_fds::{CommandFdExt, FdMapping};
+use vmflow::tap::Queues;
 use vmflow_driver::{net::Config, transmit::Layout, vnet::VnetHeader};
 
 use crate::{
@@ -19,28 +17,33 @@ use crate::{
 const BATCH: u64 = 64;
 
 /// A tap made in the namespace, as a launcher that may enter it would.
-fn made_in(netns: &Netns) -> (String, OwnedFd) {
+fn made_in(netns: &Netns) -> (String, Queues) {
     let tap = unique("t");
-    let fd = netns.inside(|| vmflow::tap::attach(&tap)).unwrap();
-    (tap, fd)
+    let queues = netns.inside(|| Queues::attach(&tap, 1)).unwrap();
+    (tap, queues)
 }
 
-/// vmflow with one VM on a tap that it is handed; the host's side of it is interface `outside`.
-fn serve(netns: Netns, tap: String, fd: OwnedFd, outside: &str) -> Rig {
+/// vmflow with one VM on a tap whose queues it is handed; `more` are further lines of its port; the host's side of
+/// the tap is interface `outside`.
+pub fn serve(netns: Netns, tap: String, queues: Queues, more: &str, outside: &str) -> Rig {
     let setup = Setup::new();
     let socket = setup.socket(NAMES[0]);
     let setup = setup.with(&format!(
-        "[[vm]]\nname = \"web1\"\n[[vm.port]]\nsocket = \"{}\"\ntap = \"{tap}\"\nnetns = \"{}\"",
+        "[[vm]]\nname = \"web1\"\n[[vm.port]]\nsocket = \"{}\"\ntap = \"{tap}\"\nnetns = \"{}\"\n{more}",
         socket.display(),
         netns.0
     ));
+    let mappings = (3..).zip(queues).map(|(child_fd, parent_fd)| FdMapping { parent_fd, child_fd });
+    let mappings: Vec<_> = mappings.collect();
     let mut command = Command::new("sh");
     let script = format!(
-        "LISTEN_PID=$$ LISTEN_FDS=1 LISTEN_FDNAMES={tap} exec {VMFLOW} serve --config {} 3<&0 0</dev/null",
+        "LISTEN_PID=$$ LISTEN_FDS={} LISTEN_FDNAMES={} exec {VMFLOW} serve --config {}",
+        mappings.len(),
+        vec![&*tap; mappings.len()].join(":"),
         setup.file().display()
     );
-    command.arg("-c").arg(script);
-    let vmflow = Vmflow::start_with_input(command, &setup.directory, Stdio::from(fd));
+    command.arg("-c").arg(script).fd_mappings(mappings).unwrap();
+    let vmflow = Vmflow::start_as(command, &setup.directory);
     let wires = vec![Wire::open(&netns, outside)];
     Rig { vmflow, wires, taps: vec![tap], setup, netns }
 }
@@ -48,8 +51,8 @@ fn serve(netns: Netns, tap: String, fd: OwnedFd, outside: &str) -> Rig {
 #[test]
 fn a_tap_handed_in_as_a_descriptor_is_served_where_it_is() {
     let netns = Netns::new();
-    let (tap, fd) = made_in(&netns);
-    let rig = serve(netns, tap.clone(), fd, &tap);
+    let (tap, queues) = made_in(&netns);
+    let rig = serve(netns, tap.clone(), queues, "", &tap);
     let mut device = rig.connect(0, Config::default());
     passes(&rig, 0, &mut device);
     rig.check(0, &device, 0);
@@ -63,8 +66,8 @@ fn a_tap_handed_in_as_a_descriptor_is_served_where_it_is() {
 #[test]
 fn a_tap_handed_in_goes_from_one_vm_to_the_next_while_vmflow_runs() {
     let netns = Netns::new();
-    let (tap, fd) = made_in(&netns);
-    let rig = serve(netns, tap.clone(), fd, &tap);
+    let (tap, queues) = made_in(&netns);
+    let rig = serve(netns, tap.clone(), queues, "", &tap);
     let main = rig.setup.file();
     let text = std::fs::read_to_string(&main).unwrap();
     std::fs::write(&main, text.split("[[vm]]").next().unwrap()).unwrap();
@@ -84,8 +87,8 @@ fn a_tap_that_is_full_in_the_middle_of_a_batch_loses_and_doubles_nothing() {
     const FRAMES: u64 = 400;
     const LENGTH: usize = 100;
     let netns = Netns::new();
-    let (tap, fd) = made_in(&netns);
-    wire::hold_at_most(&fd, 8000);
+    let (tap, queues) = made_in(&netns);
+    wire::hold_at_most(queues.first(), 8000);
     let (near, far, bridge) = (unique("n"), unique("f"), unique("b"));
     for line in [
         format!("link add {bridge} type bridge mcast_snooping 0"),
@@ -100,7 +103,7 @@ fn a_tap_that_is_full_in_the_middle_of_a_batch_loses_and_doubles_nothing() {
     }
     let shape = format!("qdisc add dev {near} root tbf rate 5mbit burst 2kb limit 1mb");
     netns.run("tc", &shape.split(' ').collect::<Vec<_>>());
-    let rig = serve(netns, tap, fd, &far);
+    let rig = serve(netns, tap, queues, "", &far);
     let mut device = rig.connect(0, Config { queue_size: 512, ..Config::default() });
     // A bridge forwards nothing through a port until it has seen its carrier.
     wait_for("the bridge", || {

@@ -35,6 +35,8 @@ pub struct Traffic {
     pub delivered: BTreeMap<u64, u64>,
     /// Of the host's frames, those that nobody waits for any more.
     given_up: u64,
+    /// The guest sends from so many pairs only.
+    pub senders: Option<usize>,
 }
 
 impl Traffic {
@@ -73,8 +75,9 @@ impl Traffic {
     pub fn step_of_guest(&mut self, rig: &Rig, vm: usize, device: &mut Device) -> bool {
         let came = self.take(rig, vm, device);
         let taken = |queue: &vmflow_driver::queue::Queue| u64::from(queue.ring().size() - queue.free());
-        let window = WINDOW / u64::try_from(device.pairs.len()).unwrap();
-        for transmit in device.pairs.iter_mut().map(|pair| &mut pair.transmit) {
+        let senders = self.senders.unwrap_or(device.pairs.len());
+        let window = WINDOW / u64::try_from(senders).unwrap();
+        for transmit in device.pairs.iter_mut().take(senders).map(|pair| &mut pair.transmit) {
             while transmit.queue.free() > 0 && taken(&transmit.queue) < window {
                 let bytes = of_flow(flow(self.sent), LENGTH, self.sent);
                 transmit.add(&bytes, &VnetHeader::default(), Layout::Single).unwrap();
