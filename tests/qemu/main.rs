@@ -18,6 +18,7 @@ mod host;
 mod labels;
 mod libvirt;
 mod package;
+mod pairs;
 mod restarts;
 mod service;
 mod testpmd;

@@ -8,8 +8,9 @@ use std::{
 };
 
 use crate::{
-    bed::{Bed, Seen, WEB1, settle},
+    bed::{Bed, Seen, Vm, WEB1, settle},
     harness::{PATIENCE, count, harass::Harasser, unique},
+    pairs::wait_attached,
 };
 
 /// Its default would not fit into [`MEGABYTES`].
@@ -26,13 +27,16 @@ struct Testpmd {
 }
 
 impl Testpmd {
-    fn start(bed: &Bed, vm: &str) -> Self {
-        let device = format!("net_virtio_user0,path={},queues=1,queue_size=256", bed.socket(vm).display());
+    fn start(bed: &Bed, vm: &str, pairs: usize) -> Self {
+        let socket = bed.socket(vm).display().to_string();
+        let device = format!("net_virtio_user0,path={socket},queues={pairs},queue_size=256");
+        let [receive, transmit] = ["rxq", "txq"].map(|queues| format!("--{queues}={pairs}"));
         let mut command = Command::new("stdbuf");
         command.args(["-oL", "dpdk-testpmd", "--no-pci", "--no-huge", "--no-telemetry", "-l", "0,1"]);
         // A name of its own: another testpmd may run on this machine.
         command.args(["--file-prefix", &unique("vmflow")]);
         command.args(["-m", MEGABYTES, "--vdev", &device, "--", "--interactive", "--no-mlockall", MBUFS]);
+        command.args([receive, transmit]);
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let (input, output) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
         let (sender, lines) = channel();
@@ -77,9 +81,9 @@ impl Drop for Testpmd {
     }
 }
 
-/// Lets testpmd send so many frames at least; gives how many it says they were.
-fn sent_by_testpmd(bed: &Bed, wanted: u64) -> (Testpmd, u64) {
-    let mut testpmd = Testpmd::start(bed, WEB1.name);
+/// Lets testpmd send so many frames at least over so many pairs; gives how many it says they were.
+fn sent_by_testpmd(bed: &Bed, pairs: usize, wanted: u64) -> (Testpmd, u64) {
+    let mut testpmd = Testpmd::start(bed, WEB1.name, pairs);
     testpmd.say("set fwd txonly");
     testpmd.say("start");
     bed.vmflow().wait_connected(WEB1.name, true);
@@ -97,22 +101,33 @@ fn sent_by_testpmd(bed: &Bed, wanted: u64) -> (Testpmd, u64) {
 
 #[test]
 fn every_frame_that_testpmd_counts_is_counted_and_on_the_tap() {
-    let bed = Bed::new(&[WEB1]);
-    let (_testpmd, counted) = sent_by_testpmd(&bed, count(100_000, 10_000_000));
+    every_frame_is_counted(&Bed::new(&[WEB1]), 1);
+}
+
+#[test]
+fn that_is_so_over_two_pairs() {
+    let bed = Bed::new(&[Vm { port: "queue_pairs = 2", ..WEB1 }]);
+    let _testpmd = every_frame_is_counted(&bed, 2);
+    wait_attached(&bed, WEB1.name, 2);
+}
+
+fn every_frame_is_counted(bed: &Bed, pairs: usize) -> Testpmd {
+    let (testpmd, counted) = sent_by_testpmd(bed, pairs, count(100_000, 10_000_000));
     settle("the same count in vmflow and at the tap", || {
-        let sent = Seen::of(&bed, WEB1.name).transmit;
+        let sent = Seen::of(bed, WEB1.name).transmit;
         let tap = bed.tap(WEB1.name).transmitted;
         let same = sent.chains == counted && sent.passed.frames == counted;
         let at_tap = tap == (sent.tap_operations, sent.tap_bytes) && tap.0 <= counted;
         if same && at_tap { Ok(()) } else { Err(format!("testpmd {counted}, vmflow {sent:?}, tap {tap:?}")) }
     });
+    testpmd
 }
 
 #[test]
 fn testpmd_sends_on_while_workers_are_killed_and_every_frame_is_counted_once() {
     let bed = Bed::new(&[WEB1]);
     let harasser = Harasser::of(&bed.vmflow(), WEB1.name);
-    let (_testpmd, counted) = sent_by_testpmd(&bed, count(100_000, 5_000_000));
+    let (_testpmd, counted) = sent_by_testpmd(&bed, 1, count(100_000, 5_000_000));
     let kills = harasser.stop();
     settle("the same count in vmflow and, but for what is uncertain, at the tap", || {
         let Seen { transmit: sent, uncertain, .. } = Seen::of(&bed, WEB1.name);
