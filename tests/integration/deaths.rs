@@ -151,8 +151,8 @@ fn a_worker_killed_under_load_is_replaced_and_its_front_end_notices_nothing() {
 
 #[test]
 fn that_is_so_with_several_queue_pairs() {
-    for pairs in [2, 4] {
-        killed_under_load(crate::pairs::config(pairs), count(20, 500));
+    for (pairs, deaths) in [(2, count(20, 500)), (4, count(20, 500)), (16, count(5, 50))] {
+        killed_under_load(crate::pairs::config(pairs), deaths);
     }
 }
 

@@ -12,6 +12,7 @@ use vmflow_driver::{
 
 use crate::{
     harness::{PATIENCE, dropped},
+    pairs::wait_attached,
     rig::{Rig, passes},
 };
 
@@ -117,6 +118,29 @@ fn a_large_tcp_frame_for_the_guest_arrives_whole_where_the_driver_takes_it() {
     assert_eq!(usize::from(buffers), (frame.len() + 12).div_ceil(1536));
     let (_, counts) = rig.check(0, &device, 0);
     assert_eq!((counts.passed.frames, counts.passed.packets), (1, SEGMENTS));
+}
+
+#[test]
+fn what_the_driver_takes_holds_for_every_queue_of_the_tap() {
+    let features = FEATURES | OFFLOADS | feature::MQ | feature::CTRL_VQ;
+    for (features, frames) in [(features, 1), (features & !feature::GUEST_TSO4, SEGMENTS)] {
+        let rig = Rig::one("queue_pairs = 3");
+        let mut device = rig.connect(0, Config { pairs: 3, ..config(features) });
+        wait_attached(&rig, 3);
+        let frame = unfinished(PAYLOAD);
+        for pair in &mut device.pairs {
+            pair.transmit.send(&frame, &tso(), Layout::HeaderApart).unwrap();
+            pair.transmit.drain(PATIENCE).unwrap();
+            assert_eq!(rig.wire().receive().header, tso());
+            // The flow comes back to the pair that it left from.
+            rig.wire().send_with(&tso(), &frame);
+            for _ in 0..frames {
+                pair.receive.receive_within(PATIENCE).unwrap();
+            }
+        }
+        let (_, counts) = rig.check(0, &device, 0);
+        assert_eq!((counts.passed.frames, counts.passed.packets), (3 * frames, 3 * SEGMENTS));
+    }
 }
 
 #[test]

@@ -45,7 +45,7 @@ fn attached(rig: &Rig) -> usize {
 }
 
 /// Waits until so many queues of the tap are attached.
-fn wait_attached(rig: &Rig, queues: usize) {
+pub fn wait_attached(rig: &Rig, queues: usize) {
     wait_for("the tap's queues", || (attached(rig) == queues).then_some(()));
 }
 
@@ -103,9 +103,10 @@ fn use_pairs(device: &Device, pairs: u32) {
 #[test]
 fn each_pair_carries_frames_both_ways_and_each_frame_is_counted() {
     const EACH: u64 = 20;
-    for pairs in [2, 4, 16] {
+    let sequences = [Sequence::Plain, Sequence::CloudHypervisor, Sequence::Qemu, Sequence::Qemu7];
+    for (pairs, sequence) in [2, 4, 16, 16].into_iter().zip(sequences) {
         let rig = rig(pairs);
-        let mut device = rig.connect(0, config(pairs));
+        let mut device = rig.connect(0, Config { sequence, ..config(pairs) });
         wait_attached(&rig, pairs.into());
         for (flow, pair) in (0..).zip(&mut device.pairs) {
             send(pair, flow, EACH);
@@ -266,6 +267,48 @@ fn a_pair_whose_ring_the_guest_breaks_rests_and_the_others_go_on() {
         rig.vmflow.wait_connected(NAMES[0], false);
         wait_attached(&rig, 1);
         rig.vmflow.totals(NAMES[0]);
+    }
+}
+
+/// Keeper and worker die with four queues attached, and nobody comes back to read them all.
+#[test]
+fn after_a_killed_keeper_a_front_end_with_fewer_pairs_gets_every_frame() {
+    let rig = rig(4);
+    let mut device = rig.connect(0, config(4));
+    wait_attached(&rig, 4);
+    for keeper in rig.vmflow.processes("vmf-k") {
+        let keeper = rustix::process::Pid::from_raw(keeper.cast_signed()).unwrap();
+        rustix::process::kill_process(keeper, rustix::process::Signal::KILL).unwrap();
+    }
+    wait_attached(&rig, 1);
+    hang_up(&mut device);
+    let mut device = rig.connect(0, config(2));
+    wait_attached(&rig, 2);
+    all_arrive(&rig, &mut device, 2);
+    rig.vmflow.totals(NAMES[0]);
+}
+
+#[test]
+fn after_a_tag_every_pairs_frames_carry_the_new_label() {
+    const PAIRS: u16 = 4;
+    let rig = rig(PAIRS);
+    let mut device = rig.connect(0, config(PAIRS));
+    wait_attached(&rig, PAIRS.into());
+    let each = u64::from(PAIRS);
+    for round in 1..=5 {
+        for command in [&["suspect", "web1", "--reason", "a test"][..], &["clear", "web1"]] {
+            rig.vmflow.ok(command);
+            for (flow, pair) in (0..).zip(&mut device.pairs) {
+                send(pair, flow, 1);
+            }
+            inject(&rig, 0..PAIRS, 1);
+            receive(&mut device, each);
+        }
+        let (transmit, received) = rig.check(0, &device, 0);
+        for totals in [transmit, received] {
+            let frames = round * each;
+            assert_eq!((totals.normal.frames, totals.suspect.frames), (frames, frames), "round {round}");
+        }
     }
 }
 
