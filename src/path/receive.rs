@@ -17,6 +17,9 @@ use super::{
 };
 use crate::ledger::{Account, DropReason, Fate};
 
+/// More frames than wait in a queue of a tap (500 by default in Linux), whatever its length was set to.
+const WAITING: usize = 10_000;
+
 /// What a receive queue keeps between its turns.
 #[derive(Debug)]
 pub struct Receive {
@@ -142,12 +145,33 @@ impl Receive {
         judge(inspected, port.policy)
     }
 
+    /// The ring is not served any more, and its queue of the tap is about to be detached: what waits there is read,
+    /// dropped and counted, since detaching throws it away. What comes without a pause is never all of it.
+    pub fn discard(&mut self, port: &Port<'_>, why: DropReason) {
+        self.drop_held(why);
+        for _ in 0..WAITING {
+            self.account.begin_tap_operation(1);
+            let Some(frame) = self.buffer.read(port.tap) else {
+                self.account.withdraw_tap_operation();
+                return;
+            };
+            account::read(&mut self.account, &self.buffer, port.policy.label_of_frame());
+            self.held = Some(self.consider(frame, port));
+            self.drop_held(why);
+        }
+    }
+
     /// The ring stops: a frame that still waits is at its end.
     pub fn stop(&mut self, why: DropReason) {
+        self.drop_held(why);
+        self.account.end();
+    }
+
+    fn drop_held(&mut self, why: DropReason) {
         if let Some(judged) = self.held.take() {
             let outcome = Outcome::new(judged, Fate::Dropped(why));
             let _nothing_to_give_back = account::received(&mut self.account, outcome, &self.buffer);
+            let _nothing_to_publish = self.account.commit();
         }
-        self.account.end();
     }
 }

@@ -65,14 +65,14 @@ impl Token {
 
 /// One port's device.
 ///
-/// The lock of a pair is held by at most one thread: its own, for a turn, or one that holds no other pair's, or
-/// takes all of them in their order.
+/// Who takes the locks of pairs: a pair's own thread takes its own, for a turn; any other thread one at a time, or
+/// all of them in the order of their numbers.
 #[derive(Debug)]
 pub struct Device {
     shared: Arc<Shared>,
     policies: OwnedFd,
     rings: OnceLock<Vec<Ring>>,
-    pairs: Vec<Pair>,
+    pairs: Vec<Arc<Pair>>,
 }
 
 /// What a device is made of.
@@ -103,13 +103,16 @@ impl Device {
     pub fn new(parts: Parts) -> Self {
         let Parts { brief, memory, pairs, queues, policies, ledger, session } = parts;
         let shared = Arc::new(Shared { brief, memory, acked: AtomicU64::new(0), queues });
-        let pair = |parts| Pair::new(parts, Arc::clone(&shared), &ledger, session);
+        let pair = |parts| Arc::new(Pair::new(parts, Arc::clone(&shared), &ledger, session));
         let pairs = pairs.into_iter().map(pair).collect();
         Self { shared, policies, rings: OnceLock::new(), pairs }
     }
 
     /// Gives the device its rings, which the crate made.
     pub fn adopt(&self, rings: Vec<Ring>) {
+        for (receive, pair) in rings.iter().step_by(RINGS).zip(&self.pairs) {
+            receive.receives_for(Arc::clone(pair));
+        }
         let _ = self.rings.set(rings);
     }
 
@@ -129,7 +132,7 @@ impl Device {
 
     /// The end: a frame that still waits is counted, and no ring is served any more.
     pub fn finish(&self) {
-        self.pairs.iter().for_each(Pair::finish);
+        self.pairs.iter().for_each(|pair| pair.finish());
     }
 
     fn ring(&self, index: usize) -> Option<&Ring> {
@@ -171,7 +174,7 @@ impl Device {
         match Policy::read(file) {
             Ok(policy) if policy.generation == generation && policy.label == self.shared.brief.label() => {
                 let in_force = self.pairs.iter().map(|pair| pair.put_in_force(policy)).min();
-                self.pairs.iter().for_each(Pair::wake);
+                self.pairs.iter().for_each(|pair| pair.wake());
                 Packet::Acknowledged(in_force.unwrap_or(generation))
             }
             Ok(_) => Packet::Refused(generation),
@@ -209,7 +212,7 @@ impl VhostUserBackend for Device {
 
     /// Offloads belong to the tap, not to its queues.
     fn acked_features(&self, acked: u64) {
-        let _no_turn_runs: Vec<_> = self.pairs.iter().map(Pair::quiet).collect();
+        let _no_turn_runs: Vec<_> = self.pairs.iter().map(|pair| pair.quiet()).collect();
         let offloads = self.pairs.first().map_or(Ok(()), |pair| tap::set_offloads(pair.tap(), acked));
         if let Err(e) = offloads {
             let Brief { vm, label, port, .. } = &self.shared.brief;
@@ -222,7 +225,7 @@ impl VhostUserBackend for Device {
     fn update_memory(&self, _memory: SharedMemory) -> io::Result<()> {
         self.pairs.iter().for_each(|pair| drop(pair.quiet()));
         self.rings.get().into_iter().flatten().for_each(Ring::memory_changed);
-        self.pairs.iter().for_each(Pair::wake);
+        self.pairs.iter().for_each(|pair| pair.wake());
         Ok(())
     }
 

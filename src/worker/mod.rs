@@ -85,9 +85,6 @@ fn serve(orders: &Orders<'_>) -> anyhow::Result<()> {
     let (daemon, rings) = Ring::made_in(|| VhostUserDaemon::new(name, Arc::clone(&device), memory));
     let mut daemon = daemon.map_err(|e| anyhow::anyhow!("vhost-user daemon: {e}"))?;
     watch(&daemon, &device, &rings)?;
-    for (pair, ring) in rings.iter().step_by(2).enumerate() {
-        ring.takes_from(Arc::clone(&queues), pair);
-    }
     device.adopt(rings);
     let attaching = attach_queues(&queues).context("thread")?;
     // From here on the monitor may hand over the policy; until then nothing passes.

@@ -268,6 +268,7 @@ impl Pair {
 
     fn broken(&self, vring: &Ring, direction: Direction, fault: QueueFault) {
         if direction == Direction::Receive {
+            self.discard(&mut self.state());
             self.shared.queues.release_soon(self.number.into());
         }
         vring.signal_error();
@@ -290,6 +291,23 @@ impl Pair {
         }
         vring.set_stopped();
         pair.stop(direction);
+    }
+
+    /// For the control thread: the receive ring is not served. When this returns the pair's queue of the tap is
+    /// detached, unless it is the one that carries frames while no pair is served.
+    pub fn give_up_tap_queue(&self) {
+        self.discard(&mut self.quiet());
+        self.shared.queues.release(self.number.into());
+    }
+
+    /// What waits in a queue of the tap that is about to be detached would be lost uncounted.
+    fn discard(&self, pair: &mut State) {
+        if let State { policy: Some(policy), receive, .. } = pair
+            && self.shared.queues.detaches(self.number.into())
+        {
+            let port = path::Port { policy, link: self.shared.link(), tap: &self.tap };
+            receive.discard(&port, DropReason::RingDisabled);
+        }
     }
 
     /// The end: a frame that still waits is counted, and no ring is served any more.

@@ -3,7 +3,8 @@
 //! The kernel spreads what comes for the guest over all attached queues; what it gives to a queue that nobody
 //! reads is lost. Some front ends enable every ring whatever the guest uses, so a queue is attached when its
 //! receive ring is enabled *and* holds its first buffer, and detached when the ring stops, is disabled or breaks.
-//! While no pair is served the first queue is attached: frames wait there until one is.
+//! While no pair is served the first queue is attached: frames wait there until one is. What waits in a queue that is
+//! detached the kernel throws away; so it is read before, and counted as dropped.
 //!
 //! A worker that dies leaves the queues as they are. Its successor finds them so, takes the frames that wait, and
 //! touches a queue only when it knows what is to become of it. Where there is no successor the monitor detaches.
@@ -60,6 +61,13 @@ impl TapQueues {
     #[must_use]
     pub fn is_served(&self, pair: usize) -> bool {
         self.served.load(Ordering::Relaxed) & bit(pair) != 0
+    }
+
+    /// True if the pair's queue is attached, and will be detached when the pair is not served any more.
+    #[must_use]
+    pub fn detaches(&self, pair: usize) -> bool {
+        let served = self.served.load(Ordering::SeqCst);
+        self.are_several() && served & bit(pair) != 0 && (pair > 0 || served & !bit(pair) != 0)
     }
 
     /// For the pair's thread, under its ring's lock: there is a buffer.

@@ -24,7 +24,7 @@ use vhost_user_backend::{VringMutex, VringStateGuard, VringStateMutGuard, VringT
 use virtio_queue::{Error as QueueError, QueueT};
 use vm_memory::GuestMemoryAtomic;
 
-use super::queues::TapQueues;
+use super::pair::Pair;
 use crate::path::ring::{Memory, QueueFault};
 
 /// Guest memory as the crates share it.
@@ -56,8 +56,8 @@ struct Own {
     error: Mutex<Option<Arc<File>>>,
     /// The event loop that the kick is registered with, and under which number.
     event_loop: OnceLock<(RawFd, u64)>,
-    /// A receive ring's queue of the tap, and its number.
-    tap_queue: OnceLock<(Arc<TapQueues>, usize)>,
+    /// The pair of a receive ring.
+    receives_for: OnceLock<Arc<Pair>>,
     /// It became ready, and no batch has run since.
     fresh: AtomicBool,
     /// [`SOUND`], or the guest broke it: it rests until it is stopped and started again.
@@ -85,15 +85,15 @@ impl Ring {
         let _ = self.own.event_loop.set((event_loop, token));
     }
 
-    /// Tells a receive ring which queue of the tap it gets its frames from.
-    pub fn takes_from(&self, queues: Arc<TapQueues>, pair: usize) {
-        let _ = self.own.tap_queue.set((queues, pair));
+    /// Tells a receive ring which pair is to know when it is not served any more.
+    pub fn receives_for(&self, pair: Arc<Pair>) {
+        let _ = self.own.receives_for.set(pair);
     }
 
     /// The ring is not served: nothing is to come for it.
-    fn release_tap_queue(&self) {
-        if let Some((queues, pair)) = self.own.tap_queue.get() {
-            queues.release(*pair);
+    fn give_up_tap_queue(&self) {
+        if let Some(pair) = self.own.receives_for.get() {
+            pair.give_up_tap_queue();
         }
     }
 
@@ -201,7 +201,7 @@ impl VringT<SharedMemory> for Ring {
             state.get_queue_mut().set_ready(ready);
         });
         if !ready {
-            self.release_tap_queue();
+            self.give_up_tap_queue();
         }
     }
 
@@ -273,7 +273,7 @@ impl VringT<SharedMemory> for Ring {
         self.control(|inner| inner.set_enabled(enabled));
         // One that becomes ready later, or is so already, is served when it has a buffer.
         if !enabled || !self.get_ref().get_queue().ready() {
-            self.release_tap_queue();
+            self.give_up_tap_queue();
         }
     }
     fn set_queue_info(&self, descriptors: u64, available: u64, used: u64) -> Result<(), QueueError> {

@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, fs};
 
+use vmflow::ledger::DropReason;
 use vmflow_driver::{
     net::{Config, Device, FEATURES, Pair},
     request::feature,
@@ -12,7 +13,7 @@ use vmflow_driver::{
 
 use crate::{
     deaths::never_back,
-    harness::{Netns, PATIENCE, unique, wait_for},
+    harness::{Netns, PATIENCE, dropped, unique, wait_for},
     rig::{NAMES, Rig, flow_and_number, hang_up, of_flow, of_flow_back},
     tap,
     traffic::Traffic,
@@ -222,6 +223,31 @@ fn the_number_of_pairs_can_change_while_frames_flow() {
         assert_eq!((traffic.lost_and_doubled(), traffic.doubled_to_guest()), ((0, 0), 0));
         rig.check(0, &device, 0);
     }
+}
+
+#[test]
+fn what_waits_for_a_pair_that_is_given_up_is_a_counted_drop() {
+    let rig = rig(2);
+    let config = Config { queue_size: 16, ..config(2) };
+    let mut device = rig.connect(0, config);
+    wait_attached(&rig, 2);
+    send(&mut device.pairs[1], 0, 1);
+    // The guest takes as many as it has buffers for, and the rest waits.
+    inject(&rig, 0..1, 16 + 50);
+    wait_for("the buffers to be full", || (rig.vmflow.totals(NAMES[0]).1.passed.frames == 16).then_some(()));
+    use_pairs(&device, 1);
+    wait_attached(&rig, 1);
+    let (_, totals) = rig.vmflow.totals(NAMES[0]);
+    assert_eq!(dropped(&totals, DropReason::RingDisabled), 50, "{totals:?}");
+    receive(&mut device, 16);
+    rig.check(0, &device, 0);
+    // What waits in the only queue that is attached goes on waiting.
+    inject(&rig, 0..1, 16 + 50);
+    wait_for("the buffers to be full", || (rig.vmflow.totals(NAMES[0]).1.passed.frames == 32).then_some(()));
+    use_pairs(&device, 0);
+    use_pairs(&device, 1);
+    receive(&mut device, 16 + 50);
+    rig.check(0, &device, 0);
 }
 
 /// A guest's fault in one ring, both ways and at each pair, costs the other pairs nothing.
