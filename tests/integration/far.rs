@@ -37,10 +37,15 @@ impl Far {
         let (name, bridge) = (unique("f"), unique("b"));
         let tap = rig.netns.inside(|| vmflow::tap::attach(&name)).unwrap();
         let ip = |words: &str| rig.netns.run("ip", &words.split(' ').collect::<Vec<_>>());
-        // It must not listen to what groups are joined, nor ask.
+        // The kernel can have bridges look into packets, and drop those that are not right.
+        let looks = "for f in /proc/sys/net/bridge/bridge-nf-call-*; do [ ! -e $f ] || echo 0 >$f; done";
+        rig.netns.run("sh", &["-c", looks]);
+        // This one neither listens to what groups are joined, nor asks, nor learns who is where.
         ip(&format!("link add {bridge} up type bridge mcast_snooping 0"));
-        ip(&format!("link set {name} txqueuelen {HELD} master {bridge} up"));
+        let mtu = rig.netns.run("cat", &[&format!("/sys/class/net/{}/mtu", rig.taps[vm])]);
+        ip(&format!("link set {name} mtu {} txqueuelen {HELD} master {bridge} up", mtu.trim()));
         ip(&format!("link set {} master {bridge}", rig.taps[vm]));
+        ip(&format!("link set {} type bridge_slave learning off", rig.taps[vm]));
         let far = Self { tap };
         wait_for("the bridge", || {
             let path = format!("/sys/class/net/{name}/brport/state");

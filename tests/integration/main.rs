@@ -18,6 +18,7 @@ mod rights;
 mod traffic;
 mod wire;
 
+mod coalesce;
 mod content;
 mod deaths;
 mod doctor;
