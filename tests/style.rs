@@ -58,6 +58,21 @@ fn unsafe_is_in_the_named_files_only_and_in_each_of_them() {
     assert_eq!(found, named);
 }
 
+/// A frame's path: from ring to tap and back, and the part of the ledger that it writes. What takes locks around it
+/// (the worker, for a batch) is seen by looking; that nobody waits for them, by `tests/integration/syscalls.rs`.
+const PATH: [&str; 4] = ["src/path", "src/wire", "src/ledger/writer.rs", "src/ledger/log.rs"];
+
+#[test]
+fn the_path_of_a_frame_takes_no_lock_and_counts_no_references() {
+    let words = ["Mutex", "RwLock", "Condvar", "OnceLock", "LazyLock", "mpsc", ".lock()", "Arc<", "Rc<"];
+    let all = sources(&root().join("src"));
+    for path in all.iter().filter(|path| PATH.iter().any(|part| name(path).starts_with(part))) {
+        let text = fs::read_to_string(path).unwrap();
+        let found: Vec<_> = words.iter().filter(|word| text.contains(*word)).collect();
+        assert!(found.is_empty(), "{} has {found:?}", name(path));
+    }
+}
+
 #[test]
 fn no_file_is_longer_than_a_reader_can_hold() {
     for path in sources(&root().join("src")) {
