@@ -4,7 +4,12 @@ use std::{path::Path, process::Command};
 
 use command_fds::{CommandFdExt, FdMapping};
 use vmflow::tap::Queues;
-use vmflow_driver::{net::Config, transmit::Layout, vnet::VnetHeader};
+use vmflow_driver::{
+    net::{Config, FEATURES},
+    request::feature,
+    transmit::{Layout, Transmitter},
+    vnet::VnetHeader,
+};
 
 use crate::{
     ending::exists,
@@ -81,14 +86,8 @@ fn a_tap_handed_in_goes_from_one_vm_to_the_next_while_vmflow_runs() {
     rig.check(0, &device, 0);
 }
 
-/// The tap may hold a few frames, and what is behind it takes them slowly: a bridge, and a shaped link.
-#[test]
-fn a_tap_that_is_full_in_the_middle_of_a_batch_loses_and_doubles_nothing() {
-    const FRAMES: u64 = 400;
-    const LENGTH: usize = 100;
-    let netns = Netns::new();
-    let (tap, queues) = made_in(&netns);
-    wire::hold_at_most(queues.first(), 8000);
+/// Puts a bridge and a shaped link behind a tap; gives the link's two ends.
+fn behind_slow_link(netns: &Netns, tap: &str, rate: &str) -> (String, String) {
     let (near, far, bridge) = (unique("n"), unique("f"), unique("b"));
     for line in [
         format!("link add {bridge} type bridge mcast_snooping 0"),
@@ -101,14 +100,80 @@ fn a_tap_that_is_full_in_the_middle_of_a_batch_loses_and_doubles_nothing() {
     ] {
         netns.run("ip", &line.split(' ').collect::<Vec<_>>());
     }
-    let shape = format!("qdisc add dev {near} root tbf rate 5mbit burst 2kb limit 1mb");
+    let shape = format!("qdisc add dev {near} root tbf rate {rate} burst 2kb limit 1mb");
     netns.run("tc", &shape.split(' ').collect::<Vec<_>>());
-    let rig = serve(netns, tap, queues, "", &far);
-    let mut device = rig.connect(0, Config { queue_size: 512, ..Config::default() });
-    // A bridge forwards nothing through a port until it has seen its carrier.
+    (near, far)
+}
+
+/// A bridge forwards nothing through a port until it has seen its carrier.
+fn wait_for_bridge(rig: &Rig) {
     wait_for("the bridge", || {
         rig.netns.run("bridge", &["link"]).matches("state forwarding").nth(1).map(drop)
     });
+}
+
+/// True if a thread of the process that serves queues sleeps until something happens.
+fn rests(worker: u32) -> bool {
+    let read = |path: String| std::fs::read_to_string(path).unwrap_or_default();
+    let threads = std::fs::read_dir(format!("/proc/{worker}/task")).unwrap();
+    let mut served = threads.map(|thread| thread.unwrap().path().display().to_string());
+    served.any(|thread| {
+        read(format!("{thread}/comm")).trim_end() == "vring_worker"
+            && read(format!("{thread}/stat")).contains(") S ")
+            && read(format!("{thread}/syscall")).starts_with(&format!("{} ", libc::SYS_epoll_wait))
+    })
+}
+
+#[test]
+fn a_guest_need_not_kick_while_its_frames_wait_for_room_in_the_tap() {
+    const FRAMES: u64 = 150;
+    for features in [FEATURES, FEATURES & !feature::EVENT_IDX] {
+        let netns = Netns::new();
+        let (tap, queues) = made_in(&netns);
+        wire::hold_at_most(queues.first(), 8000);
+        // As good as never.
+        let (near, far) = behind_slow_link(&netns, &tap, "8bit");
+        let rig = serve(netns, tap, queues, "", &far);
+        let mut device = rig.connect(0, Config { features, queue_size: 512, ..Config::default() });
+        wait_for_bridge(&rig);
+        let [worker] = rig.vmflow.processes("vmf-w")[..] else { panic!("not one worker") };
+        let transmit = &mut device.first().transmit;
+        let add = |transmit: &mut Transmitter| {
+            for n in 0..FRAMES {
+                transmit.add(&frame(100, n), &VnetHeader::default(), Layout::Single).unwrap();
+            }
+            transmit.flush().unwrap()
+        };
+        add(transmit);
+        wait_for("the tap to be full", || {
+            transmit.reclaim().unwrap();
+            (transmit.done() > 0 && rests(worker) && transmit.queue.in_flight() > 0).then_some(())
+        });
+        assert!(!add(transmit), "the guest was asked to kick");
+        let kicks = transmit.queue.notifications().kicks;
+        // What waits is thrown away; what comes then passes.
+        rig.netns.run("tc", &["qdisc", "del", "dev", &near, "root"]);
+        wait_for("every frame to be taken", || {
+            transmit.reclaim().unwrap();
+            (transmit.done() == 2 * FRAMES).then_some(())
+        });
+        assert_eq!(transmit.queue.notifications().kicks, kicks);
+        rig.check(0, &device, 0);
+    }
+}
+
+/// The tap may hold a few frames, and what is behind it takes them slowly.
+#[test]
+fn a_tap_that_is_full_in_the_middle_of_a_batch_loses_and_doubles_nothing() {
+    const FRAMES: u64 = 400;
+    const LENGTH: usize = 100;
+    let netns = Netns::new();
+    let (tap, queues) = made_in(&netns);
+    wire::hold_at_most(queues.first(), 8000);
+    let (_, far) = behind_slow_link(&netns, &tap, "5mbit");
+    let rig = serve(netns, tap, queues, "", &far);
+    let mut device = rig.connect(0, Config { queue_size: 512, ..Config::default() });
+    wait_for_bridge(&rig);
 
     let transmit = &mut device.first().transmit;
     for n in 0..FRAMES {
