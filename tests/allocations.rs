@@ -153,7 +153,8 @@ impl Bed {
         let (ledger, file) = Ledger::create(1).unwrap();
         let (policies, of_worker) = handover::pair().unwrap();
         let (front_end, _) = UnixStream::pair().unwrap();
-        let inherited = Inherited { front_end: front_end.into(), tap, ledger: file, policies: of_worker };
+        let inherited =
+            Inherited { front_end: front_end.into(), ledger: file, policies: of_worker, tap: vec![tap] };
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("worker.sock");
         let listener = UnixListener::bind(&path).unwrap();
@@ -219,7 +220,7 @@ impl Drop for Bed {
 }
 
 fn run_worker(inherited: &Inherited, listener: &UnixListener) -> i32 {
-    let again = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap();
+    let again = [eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap()];
     let brief = Brief {
         monitor: std::process::id(),
         vm: "web1".into(),
@@ -233,13 +234,7 @@ fn run_worker(inherited: &Inherited, listener: &UnixListener) -> i32 {
         uso: true,
         coalesce: true,
     };
-    worker::run(&Orders {
-        brief: &brief,
-        inherited,
-        listener: listener.as_fd(),
-        again: again.as_fd(),
-        session: 1,
-    })
+    worker::run(&Orders { brief: &brief, inherited, listener: listener.as_fd(), again: &again, session: 1 })
 }
 
 /// Frames that go together, frames that go alone, and those that are refused.
