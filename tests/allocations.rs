@@ -269,7 +269,7 @@ fn frames() -> Vec<Sent> {
         Spec { tags: vec![(0x88a8, 1), (0x8100, 2), (0x8100, 3)], ..tcp() },
         Spec { extension: true, ..flow(UDP, true, 64) },
         flow(1, false, 64),
-        flow(TCP, false, 8000), // longer than what is copied at once
+        flow(TCP, false, 8000), // longer than what is looked at
         gso(TCP, false),
         gso(TCP, true),
         gso(UDP, false),

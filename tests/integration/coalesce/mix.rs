@@ -281,7 +281,7 @@ fn payload() -> impl Strategy<Value = usize> {
         4 => 1..64_usize,
         4 => prop::sample::select(vec![18, 19, 100, 512, 1000]),
         1 => 1..1400_usize,
-        1 => prop::sample::select(vec![3900, 4042, 4043, 5000, 8800]), // around what is copied whole, and beyond
+        1 => prop::sample::select(vec![3900, 5000, 8800]), // few of these make a packet
     ]
 }
 
