@@ -28,4 +28,4 @@ pub use reason::DropReason;
 pub use recover::RingIdentity;
 pub use slot::Held;
 pub use totals::{Totals, Volume};
-pub use writer::{Account, Committed, Pulse};
+pub use writer::{Account, Committed, Pulse, UNMONITORED};

@@ -31,7 +31,10 @@ use tokio::{
     task::{JoinSet, LocalSet},
 };
 
-use crate::config::{Config, Origins};
+use crate::{
+    config::{Config, Origins},
+    ledger::UNMONITORED,
+};
 use change::InForce;
 use checkpoint::Checkpoint;
 use host::Host;
@@ -64,6 +67,11 @@ pub fn run(origins: Origins, config: &Config, forget_totals: bool) -> anyhow::Re
 }
 
 async fn serve(origins: Origins, config: &Config, forget_totals: bool) -> anyhow::Result<()> {
+    if UNMONITORED {
+        tracing::warn!(
+            "built without monitoring, for measurements: frames are not judged, nothing is counted"
+        );
+    }
     let (end, reload) = (TheEnd::watch()?, signal(SignalKind::hangup())?);
     let registry = Registry::open(&config.daemon.state)?;
     let checkpoint = Checkpoint::open(&registry, forget_totals)?;
