@@ -10,7 +10,8 @@
 //! touches a queue only when it knows what is to become of it. Where there is no successor the monitor detaches.
 //!
 //! Attaching may wait for the kernel's network lock. So the pairs' threads, which move frames, only say what they
-//! want; a thread that does nothing else does it. The control thread does it itself, before it answers.
+//! want; a thread that does nothing else does it. The control thread detaches itself, before it answers. The whole
+//! host shares that lock, so a guest that changes its mind all the time has to wait for its queues.
 
 use std::{
     os::fd::OwnedFd,
@@ -19,9 +20,13 @@ use std::{
         atomic::{AtomicBool, AtomicU32, Ordering},
     },
     thread::Thread,
+    time::{Duration, Instant},
 };
 
 use crate::tap;
+
+/// A queue is attached again this long after the last time, at the earliest.
+const PAUSE: Duration = Duration::from_millis(500);
 
 /// The queues of the tap, one for each queue pair.
 #[derive(Debug)]
@@ -31,8 +36,7 @@ pub struct TapQueues {
     served: AtomicU32,
     /// Pairs of which this worker knows whether they are.
     known: AtomicU32,
-    /// What the kernel was last told of each queue.
-    attached: Mutex<Vec<Option<bool>>>,
+    told: Mutex<Vec<Told>>,
     thread: OnceLock<Thread>,
     ended: AtomicBool,
 }
@@ -42,7 +46,7 @@ impl TapQueues {
     #[must_use]
     pub fn new(queues: Vec<OwnedFd>) -> Self {
         Self {
-            attached: Mutex::new(vec![None; queues.len()]),
+            told: Mutex::new(vec![Told::default(); queues.len()]),
             queues,
             served: AtomicU32::new(0),
             known: AtomicU32::new(0),
@@ -86,7 +90,9 @@ impl TapQueues {
     /// For the control thread: the ring stopped. When this returns the queue is detached.
     pub fn release(&self, pair: usize) {
         self.forget(pair);
-        self.carry_out();
+        if self.carry_out().is_some() {
+            self.wake(); // not all could be done
+        }
     }
 
     fn forget(&self, pair: usize) {
@@ -97,8 +103,10 @@ impl TapQueues {
     /// What the thread does that attaches and detaches, until [`Self::end`].
     pub fn follow(&self) {
         while !self.ended.load(Ordering::SeqCst) {
-            self.carry_out();
-            std::thread::park();
+            match self.carry_out() {
+                None => std::thread::park(),
+                Some(rest) => std::thread::park_timeout(rest),
+            }
         }
     }
 
@@ -119,24 +127,80 @@ impl TapQueues {
         }
     }
 
-    /// Attaches first: frames always have somewhere to go.
-    fn carry_out(&self) {
+    /// Does what is to be done now; gives the time until there is more to be done.
+    fn carry_out(&self) -> Option<Duration> {
         if !self.are_several() {
-            return;
+            return None;
         }
-        let mut attached = self.attached.lock().unwrap_or_else(PoisonError::into_inner);
-        let (served, known) = (self.served.load(Ordering::SeqCst), self.known.load(Ordering::SeqCst));
-        let (wanted, known) = if served == 0 { (1, known | 1) } else { (served, known) };
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        let wishes =
+            Wishes { served: self.served.load(Ordering::SeqCst), known: self.known.load(Ordering::SeqCst) };
+        let now = Instant::now();
+        let mut rest: Option<Duration> = None;
+        // Attaches first: frames always have somewhere to go.
         for attach in [true, false] {
-            for (pair, (queue, now)) in self.queues.iter().zip(attached.iter_mut()).enumerate() {
-                let wants = wanted & bit(pair) != 0;
-                if wants == attach && known & bit(pair) != 0 && *now != Some(wants) {
-                    match tap::attach_queue(queue, wants) {
-                        Ok(()) => *now = Some(wants),
+            for (pair, (queue, told)) in self.queues.iter().zip(told.iter_mut()).enumerate() {
+                if wishes.wants(pair) != Some(attach) || told.attached == Some(attach) {
+                    continue;
+                }
+                match told.wait(attach && !wishes.is_last_resort(pair), now) {
+                    Some(wait) => rest = Some(rest.map_or(wait, |rest| rest.min(wait))),
+                    None => match tap::attach_queue(queue, attach) {
+                        Ok(()) => told.note(attach, now),
                         Err(e) => tracing::debug!(pair, attach, "a queue of the tap: {e}"),
-                    }
+                    },
                 }
             }
+        }
+        rest
+    }
+}
+
+/// What the pairs want of the kernel.
+#[derive(Clone, Copy, Debug)]
+struct Wishes {
+    served: u32,
+    known: u32,
+}
+
+impl Wishes {
+    /// Whether the pair's queue is to be attached; nothing where nobody knows.
+    const fn wants(self, pair: usize) -> Option<bool> {
+        if self.is_last_resort(pair) || self.served & bit(pair) != 0 {
+            Some(true)
+        } else if self.known & bit(pair) != 0 {
+            Some(false)
+        } else {
+            None
+        }
+    }
+
+    /// The queue that carries frames while no pair is served.
+    const fn is_last_resort(self, pair: usize) -> bool {
+        pair == 0 && self.served == 0
+    }
+}
+
+/// What the kernel was told of a queue.
+#[derive(Clone, Copy, Debug, Default)]
+struct Told {
+    /// Nothing where a worker before us left it as it is.
+    attached: Option<bool>,
+    /// When it was last attached.
+    when: Option<Instant>,
+}
+
+impl Told {
+    /// How long to wait with it; nothing if it can be done now.
+    fn wait(&self, limited: bool, now: Instant) -> Option<Duration> {
+        let rest = PAUSE.saturating_sub(now.saturating_duration_since(self.when?));
+        (limited && !rest.is_zero()).then_some(rest)
+    }
+
+    fn note(&mut self, attached: bool, now: Instant) {
+        self.attached = Some(attached);
+        if attached {
+            self.when = Some(now);
         }
     }
 }
@@ -144,4 +208,34 @@ impl TapQueues {
 /// The pair's bit; there are fewer pairs than bits.
 const fn bit(pair: usize) -> u32 {
     if pair < 32 { 1 << pair } else { 0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wants(served: u32, known: u32) -> [Option<bool>; 3] {
+        let wishes = Wishes { served, known };
+        [0, 1, 2].map(|pair| wishes.wants(pair))
+    }
+
+    #[test]
+    fn a_queue_is_attached_while_its_pair_is_served_and_the_first_one_while_none_is() {
+        assert_eq!(wants(0b000, 0b000), [Some(true), None, None], "what a worker before us left stays");
+        assert_eq!(wants(0b000, 0b111), [Some(true), Some(false), Some(false)]);
+        assert_eq!(wants(0b011, 0b011), [Some(true), Some(true), None]);
+        assert_eq!(wants(0b010, 0b010), [None, Some(true), None]);
+        assert_eq!(wants(0b110, 0b111), [Some(false), Some(true), Some(true)]);
+    }
+
+    #[test]
+    fn a_queue_that_comes_and_goes_is_attached_again_after_a_pause_and_detached_at_once() {
+        let (mut told, begin) = (Told::default(), Instant::now());
+        assert_eq!(told.wait(true, begin), None, "the first time");
+        told.note(true, begin);
+        assert_eq!(told.wait(false, begin), None, "to detach");
+        told.note(false, begin);
+        assert_eq!(told.wait(true, begin + PAUSE / 4), Some(PAUSE / 4 * 3));
+        assert_eq!(told.wait(true, begin + PAUSE), None);
+    }
 }

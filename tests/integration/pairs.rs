@@ -1,6 +1,13 @@
 //! Ports with several queue pairs.
 
-use std::{collections::BTreeMap, fs};
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::{BufRead, BufReader},
+    process::{Child, Command, Stdio},
+    sync::mpsc::{Receiver, channel},
+    time::Instant,
+};
 
 use vmflow::ledger::DropReason;
 use vmflow_driver::{
@@ -223,6 +230,67 @@ fn the_number_of_pairs_can_change_while_frames_flow() {
         assert_eq!((traffic.lost_and_doubled(), traffic.doubled_to_guest()), ((0, 0), 0));
         rig.check(0, &device, 0);
     }
+}
+
+/// Hears what the kernel says of a namespace's interfaces.
+struct LinkMonitor {
+    process: Child,
+    lines: Receiver<String>,
+}
+
+impl LinkMonitor {
+    /// Begins to listen; returns when it does.
+    fn start(netns: &Netns) -> Self {
+        let words = ["netns", "exec", &netns.0, "stdbuf", "-oL", "ip", "-o", "monitor", "link"];
+        let mut process = Command::new("ip").args(words).stdout(Stdio::piped()).spawn().unwrap();
+        let (sender, lines) = channel();
+        let output = BufReader::new(process.stdout.take().unwrap());
+        std::thread::spawn(move || output.lines().map_while(Result::ok).try_for_each(|l| sender.send(l)));
+        let monitor = Self { process, lines };
+        wait_for("a word of the monitor", || {
+            for state in ["up", "down"] {
+                netns.run("ip", &["link", "set", "lo", state]);
+            }
+            monitor.lines.try_recv().ok()
+        });
+        monitor
+    }
+
+    /// How often something was said of an interface so far.
+    fn count(&self, interface: &str) -> usize {
+        self.lines.try_iter().filter(|line| line.contains(interface)).count()
+    }
+}
+
+impl Drop for LinkMonitor {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// Each change takes a lock that the whole host shares.
+#[test]
+fn a_front_end_that_changes_the_number_of_pairs_all_the_time_has_to_wait_for_its_queues() {
+    const TIMES: usize = 300;
+    let rig = rig(2);
+    let mut device = rig.connect(0, config(2));
+    wait_attached(&rig, 2);
+    let monitor = LinkMonitor::start(&rig.netns);
+    let begin = Instant::now();
+    for _ in 0..TIMES {
+        use_pairs(&device, 1);
+        use_pairs(&device, 2);
+    }
+    wait_attached(&rig, 2);
+    let took = begin.elapsed();
+    all_arrive(&rig, &mut device, 2);
+    rig.check(0, &device, 0);
+    let changes = monitor.count(&rig.taps[0]);
+    println!("{changes} changes of {TIMES} each way in {took:?}");
+    // One each way each half second.
+    let most = 2 * (usize::try_from(took.as_millis()).unwrap() / 500 + 1);
+    assert!((1..=most).contains(&changes), "{changes} changes in {took:?}");
 }
 
 #[test]
