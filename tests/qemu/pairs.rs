@@ -2,8 +2,8 @@
 
 use crate::bed::{Bed, Guest, IPERF_PORT, SERVER, Seen, Vm, WEB1, must, settle};
 
-/// A port with so many pairs.
-const TWO: Vm = Vm { port: "queue_pairs = 2", ..WEB1 };
+/// A VM whose port has so many pairs.
+pub const TWO: Vm = Vm { port: "queue_pairs = 2", ..WEB1 };
 const FOUR: Vm = Vm { port: "queue_pairs = 4", ..WEB1 };
 
 /// Waits until so many queues of the VM's tap are attached.
