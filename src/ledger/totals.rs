@@ -47,7 +47,7 @@ impl Volume {
 pub struct Totals {
     /// Transmit: chains taken from the ring. Receive: frames read from the tap.
     pub chains: u64,
-    /// Taken and not yet at an end: at most one frame, and only in receive.
+    /// Taken and not yet at an end: at most one frame for each queue pair, and only in receive.
     pub in_flight: u64,
     /// Transmit: forwarded to the tap. Receive: delivered to the guest.
     pub passed: Volume,
