@@ -222,7 +222,7 @@ enum LowCommand {
     /// Add a VM to those that are served; kept over restarts
     Add {
         /// The VM: name=NAME,socket=PATH,tap=IFNAME and, if wanted, label, uuid, mac, mtu, mode, netns, peer,
-        /// queue_pairs and coalesce; each further one is another port of it
+        /// queue_pairs, coalesce and poll_us; each further one is another port of it
         #[arg(value_name = "KEY=VALUE,...", required_unless_present = "file")]
         vm: Vec<String>,
         /// The VM as in a file in vms.d
@@ -302,7 +302,7 @@ struct LowServe {
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     config: Option<PathBuf>,
     /// A VM: name=NAME,socket=PATH,tap=IFNAME and, if wanted, label, uuid, mac, mtu, mode, netns, peer,
-    /// queue_pairs and coalesce; the same name again is another port
+    /// queue_pairs, coalesce and poll_us; the same name again is another port
     #[arg(long = "vm", value_name = "KEY=VALUE,...")]
     vms: Vec<String>,
     /// The directory for what outlives the process

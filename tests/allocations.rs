@@ -233,6 +233,7 @@ fn run_worker(inherited: &Inherited, listener: &UnixListener) -> i32 {
         control_queue: false,
         uso: true,
         coalesce: true,
+        poll_us: 0,
     };
     worker::run(&Orders { brief: &brief, inherited, listener: listener.as_fd(), again: &again, session: 1 })
 }

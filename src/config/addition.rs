@@ -142,6 +142,7 @@ mod tests {
         full.ports[0].bridge = Some("br0".into());
         full.ports[0].control_queue = false;
         full.ports[0].coalesce = false;
+        full.ports[0].poll_us = 7;
         for vm in [vm, full] {
             let json = serde_json::to_vec(&vm).unwrap();
             let requested = running(&[]).judge_addition(&json).unwrap();

@@ -80,6 +80,7 @@ pub(super) struct LoosePort {
     pub(super) mtu: Written<i64>,
     pub(super) control_queue: Option<bool>,
     pub(super) coalesce: Option<bool>,
+    pub(super) poll_us: Written<i64>,
 }
 
 #[derive(Debug, Default, Deserialize)]

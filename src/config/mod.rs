@@ -120,6 +120,8 @@ pub struct Port {
     pub control_queue: bool,
     /// Put neighbouring frames of one flow together on their way to the tap.
     pub coalesce: bool,
+    /// How long the port's threads look for more frames before they sleep, in microseconds.
+    pub poll_us: u16,
 }
 
 /// Where a configuration comes from.
@@ -212,6 +214,7 @@ mac = "52:54:00:12:34:56"
 mtu = 9000
 control_queue = false
 coalesce = false
+poll_us = 50
 [[vm.port]]
 socket = "/run/qemu/web1.sock"
 mode = "client"
@@ -255,6 +258,7 @@ queue_pairs = 16
             mtu: Some(9000),
             control_queue: false,
             coalesce: false,
+            poll_us: 50,
         };
         let bare = Port {
             socket: "/run/qemu/web1.sock".into(),
@@ -271,6 +275,7 @@ queue_pairs = 16
             mtu: None,
             control_queue: true,
             coalesce: true,
+            poll_us: 0,
         };
         assert_eq!(vm.ports, [full, bare]);
     }

@@ -276,7 +276,7 @@ enum Side {
 }
 
 /// The keys of `--vm`.
-const ARGUMENT_KEYS: [&str; 12] = [
+const ARGUMENT_KEYS: [&str; 13] = [
     "name",
     "socket",
     "tap",
@@ -289,6 +289,7 @@ const ARGUMENT_KEYS: [&str; 12] = [
     "peer",
     "queue_pairs",
     "coalesce",
+    "poll_us",
 ];
 
 fn assign(
@@ -306,6 +307,7 @@ fn assign(
         "mac" => port.mac = Some(written),
         "mtu" => port.mtu = Some(number("mtu", &written)?),
         "queue_pairs" => port.queue_pairs = Some(number("queue_pairs", &written)?),
+        "poll_us" => port.poll_us = Some(number("poll_us", &written)?),
         "coalesce" => port.coalesce = Some(switch("coalesce", &written)?),
         "mode" => port.mode = Some(written),
         "netns" => port.netns = Some(written),

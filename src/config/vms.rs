@@ -22,6 +22,8 @@ const DEFAULT_SOCKET_MODE: u32 = 0o660;
 const MTU_MIN: u16 = 68;
 /// Largest MTU that a tap takes: 65,535 less an Ethernet header.
 const MTU_MAX: u16 = 65_521;
+/// Longest time that a thread may look for more before it sleeps: other events wait for it.
+const POLL_US_MAX: u16 = 1000;
 /// Queue pairs of a port that says nothing.
 const QUEUE_PAIRS: u16 = 1;
 
@@ -206,6 +208,7 @@ fn port(judge: &mut Judge, source: usize, port: Spanned<LoosePort>) -> Option<Po
         mtu: judge.value(at(source, port.mtu), |number| mtu(*number)),
         control_queue,
         coalesce: port.coalesce.unwrap_or(true),
+        poll_us: judge.value(at(source, port.poll_us), |n| poll_us(*n)).unwrap_or(0),
         mode,
         netns,
         socket: socket?,
@@ -281,6 +284,15 @@ fn queue_pairs(number: i64, control_queue: bool) -> Result<u16, ConfigError> {
             Err(ConfigError::OutOfRange { what: "queue_pairs", value: number, min, max })
         }
     }
+}
+
+fn poll_us(number: i64) -> Result<u16, ConfigError> {
+    u16::try_from(number).ok().filter(|us| *us <= POLL_US_MAX).ok_or(ConfigError::OutOfRange {
+        what: "poll_us",
+        value: number,
+        min: 0,
+        max: POLL_US_MAX.into(),
+    })
 }
 
 fn mtu(number: i64) -> Result<u16, ConfigError> {

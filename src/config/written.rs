@@ -59,6 +59,7 @@ struct WrittenPort<'a> {
     mtu: Option<u16>,
     control_queue: bool,
     coalesce: bool,
+    poll_us: u16,
 }
 
 #[derive(Serialize)]
@@ -97,6 +98,7 @@ impl<'a> WrittenPort<'a> {
             mtu: port.mtu,
             control_queue: port.control_queue,
             coalesce: port.coalesce,
+            poll_us: port.poll_us,
         }
     }
 }

@@ -30,6 +30,8 @@ pub struct Brief {
     pub uso: bool,
     /// Neighbouring frames of one flow are put together on their way to the tap.
     pub coalesce: bool,
+    /// How long a pair's thread looks for more frames before it sleeps, in microseconds.
+    pub poll_us: u16,
 }
 
 impl Brief {
@@ -77,6 +79,7 @@ mod tests {
             control_queue: false,
             uso,
             coalesce: true,
+            poll_us: 0,
         };
         assert_eq!(brief(false).features() & features::USO, 0);
         assert_eq!(brief(true).features(), brief(false).features() | 1 << 54 | 1 << 55 | 1 << 56);

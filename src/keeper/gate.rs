@@ -333,6 +333,7 @@ mod tests {
             control_queue: true,
             uso: true,
             coalesce: true,
+            poll_us: 0,
         };
         Gate::new(brief, Descriptors::open().unwrap())
     }

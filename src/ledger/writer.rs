@@ -86,6 +86,12 @@ impl Account {
         self.slot.index
     }
 
+    /// How many frames ended since the last commit.
+    #[must_use]
+    pub const fn frames(&self) -> u64 {
+        self.recorded
+    }
+
     /// True if something happened that is not committed.
     #[must_use]
     pub const fn has_news(&self) -> bool {
@@ -123,6 +129,7 @@ impl Account {
         self.slot.index = self.slot.index.wrapping_add(ended.elements);
         self.has_news = true;
         if UNMONITORED {
+            self.recorded = self.recorded.wrapping_add(1);
             return;
         }
         let transmit = self.part.is_transmit();
@@ -146,7 +153,7 @@ impl Account {
     /// Makes the batch visible: all of it or, if we die on the way, nothing.
     pub fn commit(&mut self) -> Committed {
         if UNMONITORED {
-            self.has_news = false;
+            (self.recorded, self.has_news) = (0, false);
             return Committed { index: self.slot.index };
         }
         // Readers that see a word of the new slot must also see the epoch that freed it (see `reader`).

@@ -354,6 +354,7 @@ fn brief(vm: &str, label: Label, number: usize, config: &config::Port) -> Brief 
         control_queue: config.control_queue,
         uso: false,
         coalesce: config.coalesce,
+        poll_us: config.poll_us,
     }
 }
 

@@ -93,12 +93,16 @@ pub struct Port<'p> {
     pub link: Link,
     /// Where frames go to and come from.
     pub tap: &'p Tap,
+    /// The thread looks at the ring again by itself: the guest need not kick.
+    pub looks_again: bool,
 }
 
 /// What a turn leaves to be done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[must_use]
 pub struct Turn {
+    /// How many frames came to their end.
+    pub frames: u64,
     /// The guest is to be signalled: something was published, and it wants to know.
     pub signal: bool,
     /// There is more to do: another turn, after other events had theirs.

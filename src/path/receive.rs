@@ -83,12 +83,14 @@ impl Receive {
         let more = match end {
             End::TapEmpty => Ok(false),
             End::Full => Ok(true),
+            End::RingEmpty | End::Waits if port.looks_again => Ok(false),
             End::RingEmpty => ring.rearm(),
             End::Waits => ring.rearm_for_more(),
             End::Fault(fault) => Err(fault),
         };
+        let frames = self.account.frames();
         let signal = ring.end(&mut self.account);
-        Ok(Turn { signal, more: more == Ok(true), tap_full: false, fault: more.err() })
+        Ok(Turn { frames, signal, more: more == Ok(true), tap_full: false, fault: more.err() })
     }
 
     fn fill(&mut self, ring: &mut OpenRing<'_, '_>, port: &Port<'_>, mergeable: bool) -> End {

@@ -88,13 +88,15 @@ impl Transmit {
         // The tap tells when there is room again, if there is none now.
         let tap_full = matches!(end, End::TapFull) && !port.tap.has_room();
         let more = match end {
+            End::Empty if port.looks_again => Ok(false),
             End::Empty => ring.rearm(),
             End::Full => Ok(true),
             End::TapFull => Ok(!tap_full),
             End::Fault(fault) => Err(fault),
         };
+        let frames = self.account.frames();
         let signal = ring.end(&mut self.account);
-        Ok(Turn { signal, more: more == Ok(true), tap_full, fault: more.err() })
+        Ok(Turn { frames, signal, more: more == Ok(true), tap_full, fault: more.err() })
     }
 
     /// Sends one run after the other. A frame that follows none begins the next one.

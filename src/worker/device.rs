@@ -19,7 +19,7 @@ use vmm_sys_util::{
 };
 
 use super::{
-    pair::{self, Direction, Pair, Shared},
+    pair::{self, Direction, Kicks, Pair, Shared},
     queues::TapQueues,
     vring::{Ring, SharedMemory},
 };
@@ -139,12 +139,12 @@ impl Device {
         self.rings.get().and_then(|rings| rings.get(index))
     }
 
-    /// Runs turns of one ring of a pair.
-    fn run(&self, thread: usize, direction: Direction) {
+    /// Runs turns of one ring of a pair. True if frames came to their end.
+    fn run(&self, thread: usize, direction: Direction) -> bool {
         let ring = self.ring(RINGS * thread + usize::from(direction == Direction::Transmit));
-        if let (Some(pair), Some(ring)) = (self.pairs.get(thread), ring) {
-            pair.run(ring, direction);
-        }
+        let (Some(pair), Some(ring)) = (self.pairs.get(thread), ring) else { return false };
+        let kicks = if pair.polls().is_some() { Kicks::Unwanted } else { Kicks::Wanted };
+        pair.run(ring, direction, kicks)
     }
 
     /// Takes policies until there are no more, and answers each.
@@ -248,28 +248,29 @@ impl VhostUserBackend for Device {
     fn handle_event(&self, event: u16, set: EventSet, _rings: &[Ring], thread: usize) -> io::Result<()> {
         let Some(pair) = self.pairs.get(thread) else { return Ok(()) };
         pair.beat();
-        match Token::decode(event) {
+        let moved = match Token::decode(event) {
             Some(Token::ReceiveKick) => self.run(thread, Direction::Receive),
             Some(Token::TransmitKick) => self.run(thread, Direction::Transmit),
             Some(Token::Tap) => {
-                if set.contains(EventSet::IN) {
-                    self.run(thread, Direction::Receive);
-                }
+                let received = set.contains(EventSet::IN) && self.run(thread, Direction::Receive);
                 // The tap says that it has room each time that it says anything.
-                if set.contains(EventSet::OUT) && pair.waits_for_room() {
-                    self.run(thread, Direction::Transmit);
-                }
+                let room = set.contains(EventSet::OUT) && pair.waits_for_room();
+                (room && self.run(thread, Direction::Transmit)) || received
             }
             Some(Token::Again) => {
                 pair.woken();
-                self.run(thread, Direction::Transmit);
-                self.run(thread, Direction::Receive);
+                let transmitted = self.run(thread, Direction::Transmit);
+                self.run(thread, Direction::Receive) || transmitted
             }
             // Every pair is woken when a policy is in force.
             Some(Token::Policy) => {
                 self.take_policies().map_err(|_| io::Error::other("the monitor is gone"))?;
+                false
             }
-            None => {}
+            None => false,
+        };
+        if let (Some(receive), Some(transmit)) = (self.ring(RINGS * thread), self.ring(RINGS * thread + 1)) {
+            pair.linger([receive, transmit], moved);
         }
         Ok(())
     }

@@ -35,6 +35,8 @@ use crate::{
 
 /// Turns of a queue before other events have theirs.
 const TURNS: usize = 4;
+/// How often frames may be found while lingering before other events have their turn.
+const FINDS: usize = 16;
 /// Length of the virtio-net header of a driver without `VERSION_1` and `MRG_RXBUF` (virtio 1.2, 5.1.6.1).
 const LEGACY_HEADER_LEN: usize = 10;
 /// Between two lines of the log that the guest caused.
@@ -47,6 +49,15 @@ pub enum Direction {
     Receive,
     /// What the guest sends.
     Transmit,
+}
+
+/// Is the guest to kick when it makes more available?
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kicks {
+    /// The thread may sleep next.
+    Wanted,
+    /// The thread looks again before it sleeps.
+    Unwanted,
 }
 
 /// What all pairs of a port share.
@@ -194,10 +205,13 @@ impl Pair {
         self.state().tap_full
     }
 
-    /// Runs turns of one ring; asks for another event if there is more to do after them.
-    pub fn run(&self, vring: &Ring, direction: Direction) {
+    /// Runs turns of one ring; asks for another event if there is more to do after them. True if frames came to
+    /// their end.
+    pub fn run(&self, vring: &Ring, direction: Direction, kicks: Kicks) -> bool {
+        let mut moved = false;
         for _ in 0..TURNS {
-            let turn = self.turn(vring, direction);
+            let turn = self.turn(vring, direction, kicks);
+            moved |= turn.frames > 0;
             if turn.signal {
                 vring.signal();
             }
@@ -205,13 +219,41 @@ impl Pair {
                 self.broken(vring, direction, fault);
             }
             if !turn.more {
-                return;
+                return moved;
             }
         }
         self.wake();
+        moved
     }
 
-    fn turn(&self, vring: &Ring, direction: Direction) -> Turn {
+    /// After an event: looks for more frames for a while, if that is wanted and the event had brought some, and
+    /// then asks for kicks again. To sleep and to be woken by another processor takes as long as ten frames and more,
+    /// for who wakes as well.
+    pub fn linger(&self, rings: [&Ring; 2], moved: bool) {
+        let Some(poll) = self.polls() else { return };
+        let both = |kicks| {
+            let [receive, transmit] = rings;
+            let sent = self.run(transmit, Direction::Transmit, kicks);
+            self.run(receive, Direction::Receive, kicks) || sent
+        };
+        let (mut until, mut finds) = (Instant::now() + poll, 0);
+        while moved && finds < FINDS && Instant::now() < until {
+            if both(Kicks::Unwanted) {
+                until = Instant::now() + poll;
+                finds += 1;
+            }
+            std::hint::spin_loop();
+        }
+        both(Kicks::Wanted);
+    }
+
+    /// How long it looks for more before it sleeps, if it does.
+    pub fn polls(&self) -> Option<Duration> {
+        let poll = self.shared.brief.poll_us;
+        (poll > 0).then(|| Duration::from_micros(poll.into()))
+    }
+
+    fn turn(&self, vring: &Ring, direction: Direction, kicks: Kicks) -> Turn {
         vring.let_control_pass();
         while self.others.load(Ordering::Acquire) > 0 {
             std::thread::yield_now();
@@ -234,7 +276,8 @@ impl Pair {
         let State { policy: Some(policy), transmit, receive, tap_full, .. } = &mut *pair else {
             return Turn::default();
         };
-        let port = path::Port { policy, link: self.shared.link(), tap: &self.tap };
+        let looks_again = kicks == Kicks::Unwanted;
+        let port = path::Port { policy, link: self.shared.link(), tap: &self.tap, looks_again };
         let mut turn = match direction {
             Direction::Receive => {
                 self.serve_tap_queue(queue, &memory);
@@ -305,7 +348,7 @@ impl Pair {
         if let State { policy: Some(policy), receive, .. } = pair
             && self.shared.queues.detaches(self.number.into())
         {
-            let port = path::Port { policy, link: self.shared.link(), tap: &self.tap };
+            let port = path::Port { policy, link: self.shared.link(), tap: &self.tap, looks_again: false };
             receive.discard(&port, DropReason::RingDisabled);
         }
     }

@@ -140,7 +140,7 @@ impl Bed {
 
     /// ns per frame.
     fn run(&mut self) -> f64 {
-        let port = Port { policy: &self.policy, link: self.link, tap: &self.tap };
+        let port = Port { policy: &self.policy, link: self.link, tap: &self.tap, looks_again: false };
         let begin = Instant::now();
         for _ in 0..FRAMES / 64 {
             self.avail = self.avail.wrapping_add(64);

@@ -9,8 +9,9 @@ use vmflow_driver::{
 };
 
 use crate::{
-    harness::{PATIENCE, count, wait_for},
+    harness::{Netns, PATIENCE, count, wait_for},
     rig::{Rig, frame},
+    tap,
 };
 
 /// Frames of a batch at most.
@@ -132,6 +133,26 @@ fn many_buffers_at_once_need_one_kick_and_bring_one_call_a_batch() {
             receive(&rig, &mut device, Wish::None);
         }
         assert_eq!(device.first().receive.queue.take_calls().unwrap(), 0, "{config:?}");
+        rig.check(0, &device, 0);
+    }
+}
+
+#[test]
+fn a_thread_that_looks_for_more_before_it_sleeps_carries_everything_and_sleeps_in_the_end() {
+    for config in configs() {
+        let netns = Netns::new();
+        let (tap, queues) = tap::made_in(&netns);
+        let rig = tap::serve(netns, tap.clone(), queues, "poll_us = 1000", &tap);
+        let mut device = connect(&rig, config);
+        let [worker] = rig.vmflow.processes("vmf-w")[..] else { panic!("not one worker") };
+        for _ in 0..times() / 10 {
+            send(&mut device, AT_ONCE, Wish::None);
+            receive(&rig, &mut device, Wish::None);
+        }
+        wait_for("the thread to sleep", || tap::rests(worker).then_some(()));
+        // It is woken by either side.
+        assert_eq!(send(&mut device, 1, Wish::None), 1, "the guest is asked for a kick again");
+        receive(&rig, &mut device, Wish::After(1));
         rig.check(0, &device, 0);
     }
 }

@@ -22,7 +22,8 @@ use crate::{
 const BATCH: u64 = 64;
 
 /// A tap made in the namespace, as a launcher that may enter it would.
-fn made_in(netns: &Netns) -> (String, Queues) {
+/// A tap with one queue.
+pub fn made_in(netns: &Netns) -> (String, Queues) {
     let tap = unique("t");
     let queues = netns.inside(|| Queues::attach(&tap, 1)).unwrap();
     (tap, queues)
@@ -113,7 +114,7 @@ fn wait_for_bridge(rig: &Rig) {
 }
 
 /// True if a thread of the process that serves queues sleeps until something happens.
-fn rests(worker: u32) -> bool {
+pub fn rests(worker: u32) -> bool {
     let read = |path: String| std::fs::read_to_string(path).unwrap_or_default();
     let threads = std::fs::read_dir(format!("/proc/{worker}/task")).unwrap();
     let mut served = threads.map(|thread| thread.unwrap().path().display().to_string());

@@ -117,7 +117,7 @@ fn said_by_metadata(domain: Node<'_, '_>) -> Result<BTreeMap<String, Map<String,
 /// An attribute's text as the type that its key has in the configuration. What is not of that type is judged there.
 fn value(key: &str, text: &str) -> Value {
     match key {
-        "mtu" | "queue_pairs" => text.parse::<i64>().map_or_else(|_| text.into(), Value::from),
+        "mtu" | "queue_pairs" | "poll_us" => text.parse::<i64>().map_or_else(|_| text.into(), Value::from),
         "control_queue" | "coalesce" => text.parse::<bool>().map_or_else(|_| text.into(), Value::from),
         "peer" => json!({ "uid": text }),
         _ => text.into(),

@@ -55,6 +55,7 @@ struct Rig {
     avail: u16,
     mtu: u16,
     coalesce: Coalesce,
+    looks_again: bool,
     /// The ring's first batch is still to come.
     fresh: bool,
 }
@@ -86,6 +87,7 @@ fn rig() -> Rig {
         tap: Tap::new(OwnedFd::from(near)),
         mtu: 1500,
         coalesce: Coalesce::TcpAndUdp,
+        looks_again: false,
         avail: 0,
         fresh: true,
         memory,
@@ -150,7 +152,8 @@ impl Rig {
     fn transmit(&mut self) -> Turn {
         let took_over = self.fresh && self.transmit.settle(&mut self.queue, &self.memory, SESSION).unwrap();
         self.fresh = false;
-        let port = Port { policy: &self.policy, link: self.link(), tap: &self.tap };
+        let port =
+            Port { policy: &self.policy, link: self.link(), tap: &self.tap, looks_again: self.looks_again };
         let turn = self.transmit.turn(&mut self.queue, &self.memory, &port);
         Turn { signal: turn.signal || took_over, ..turn }
     }
@@ -158,7 +161,8 @@ impl Rig {
     fn receive(&mut self) -> Turn {
         let took_over = self.fresh && self.receive.settle(&mut self.queue, &self.memory, SESSION).unwrap();
         self.fresh = false;
-        let port = Port { policy: &self.policy, link: self.link(), tap: &self.tap };
+        let port =
+            Port { policy: &self.policy, link: self.link(), tap: &self.tap, looks_again: self.looks_again };
         let mergeable = self.acked & features::MRG_RXBUF != 0;
         let turn = self.receive.turn(&mut self.queue, &self.memory, &port, mergeable);
         Turn { signal: turn.signal || took_over, ..turn }

@@ -16,7 +16,7 @@ fn a_scattered_frame_reaches_the_tap_byte_for_byte_and_is_counted_once() {
     rig.descriptor(TABLE, 5, (BUFFERS + 0x1000, 407, 0, 0));
     rig.make_available(3);
     let turn = rig.transmit();
-    assert_eq!(turn, Turn { signal: true, ..Turn::default() });
+    assert_eq!(turn, Turn { frames: 1, signal: true, ..Turn::default() });
     assert_eq!(rig.at_far_end().unwrap(), bytes);
     let sent = rig.sent();
     assert_eq!((sent.chains, sent.passed.frames, sent.passed.bytes, sent.normal.frames), (1, 1, 600, 1));
@@ -178,6 +178,29 @@ fn with_event_idx_the_guest_is_signalled_only_where_it_asked() {
     }
     let avail_event: u16 = rig.memory.read_obj(GuestAddress(USED + 4 + 8 * u64::from(SIZE))).unwrap();
     assert_eq!(u16::from_le(avail_event), 3, "a kick is wanted for the next chain");
+}
+
+#[test]
+fn a_guest_is_not_asked_for_kicks_while_its_ring_is_looked_at_again_anyway() {
+    for event_idx in [true, false] {
+        let mut rig = rig();
+        rig.queue.set_event_idx(event_idx);
+        let asked = |rig: &Rig| {
+            let at = if event_idx { USED + 4 + 8 * u64::from(SIZE) } else { USED };
+            u16::from_le(rig.memory.read_obj(GuestAddress(at)).unwrap())
+        };
+        rig.offer(0, &with_header(&frame(60)));
+        let _ = rig.transmit();
+        assert_eq!(asked(&rig), u16::from(event_idx), "with an index: the next one; without: no flag");
+        rig.looks_again = true;
+        rig.offer(1, &with_header(&frame(60)));
+        assert_eq!(rig.transmit().frames, 1);
+        assert_eq!(asked(&rig), 1, "with an index: one that is gone by; without: the flag");
+        assert_eq!(rig.transmit().frames, 0);
+        rig.looks_again = false;
+        let _ = rig.transmit();
+        assert_eq!(asked(&rig), if event_idx { 2 } else { 0 });
+    }
 }
 
 #[test]
