@@ -97,6 +97,16 @@ pub struct Port<'p> {
     pub looks_again: bool,
 }
 
+/// What frames wait for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WaitsFor {
+    /// Transmit: the tap takes no more now; it says when it has room.
+    Room,
+    /// Receive: the guest has no buffer, or too few for the frame in hand; it kicks when it has one. Whatever comes
+    /// to the tap meanwhile changes nothing.
+    Buffers,
+}
+
 /// What a turn leaves to be done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[must_use]
@@ -107,8 +117,8 @@ pub struct Turn {
     pub signal: bool,
     /// There is more to do: another turn, after other events had theirs.
     pub more: bool,
-    /// The tap takes no more now: another turn when it says that there is room.
-    pub tap_full: bool,
+    /// What has to happen before there is more to do, if frames wait.
+    pub waits_for: Option<WaitsFor>,
     /// The guest broke its queue: it stops until the guest resets it.
     pub fault: Option<QueueFault>,
 }

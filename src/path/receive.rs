@@ -6,7 +6,7 @@
 use virtio_queue::Queue;
 
 use super::{
-    Port, Turn, account,
+    Port, Turn, WaitsFor, account,
     batch::FRAMES,
     forward::Outcome,
     inspect,
@@ -80,6 +80,7 @@ impl Receive {
         let mut ring = OpenRing::open(queue, &areas)?;
         ring.suppress();
         let end = self.fill(&mut ring, port, mergeable);
+        let wants_buffers = matches!(end, End::RingEmpty | End::Waits);
         let more = match end {
             End::TapEmpty => Ok(false),
             End::Full => Ok(true),
@@ -90,7 +91,8 @@ impl Receive {
         };
         let frames = self.account.frames();
         let signal = ring.end(&mut self.account);
-        Ok(Turn { frames, signal, more: more == Ok(true), tap_full: false, fault: more.err() })
+        let waits_for = (wants_buffers && more == Ok(false)).then_some(WaitsFor::Buffers);
+        Ok(Turn { frames, signal, more: more == Ok(true), waits_for, fault: more.err() })
     }
 
     fn fill(&mut self, ring: &mut OpenRing<'_, '_>, port: &Port<'_>, mergeable: bool) -> End {

@@ -3,7 +3,7 @@
 use virtio_queue::Queue;
 
 use super::{
-    Port, Turn, account,
+    Port, Turn, WaitsFor, account,
     batch::{Batch, FRAMES},
     chain::Chain,
     coalesce::{Run, Storage},
@@ -86,17 +86,17 @@ impl Transmit {
         let batch = Batch::new(port.link.header_len, &mut pieces);
         let end = self.send_all(Intake { ring: &mut ring, port, batch, taken: 0, end: End::Empty });
         // The tap tells when there is room again, if there is none now.
-        let tap_full = matches!(end, End::TapFull) && !port.tap.has_room();
+        let waits_for = (matches!(end, End::TapFull) && !port.tap.has_room()).then_some(WaitsFor::Room);
         let more = match end {
             End::Empty if port.looks_again => Ok(false),
             End::Empty => ring.rearm(),
             End::Full => Ok(true),
-            End::TapFull => Ok(!tap_full),
+            End::TapFull => Ok(waits_for.is_none()),
             End::Fault(fault) => Err(fault),
         };
         let frames = self.account.frames();
         let signal = ring.end(&mut self.account);
-        Ok(Turn { frames, signal, more: more == Ok(true), tap_full, fault: more.err() })
+        Ok(Turn { frames, signal, more: more == Ok(true), waits_for, fault: more.err() })
     }
 
     /// Sends one run after the other. A frame that follows none begins the next one.

@@ -135,6 +135,13 @@ impl Device {
         self.pairs.iter().for_each(|pair| pair.finish());
     }
 
+    /// Tells each pair which event loop watches its tap.
+    pub fn watched_by(&self, thread: usize, event_loop: RawFd) {
+        if let Some(pair) = self.pairs.get(thread) {
+            pair.belongs_to(event_loop, Token::Tap as u64);
+        }
+    }
+
     fn ring(&self, index: usize) -> Option<&Ring> {
         self.rings.get().and_then(|rings| rings.get(index))
     }

@@ -123,6 +123,7 @@ fn watch(daemon: &VhostUserDaemon<Arc<Device>>, device: &Device, rings: &[Ring])
         for (token, ring) in (0..).zip(rings) {
             ring.belongs_to(handler.as_raw_fd(), token);
         }
+        device.watched_by(thread, handler.as_raw_fd());
         for (fd, events, token) in device.sources(thread) {
             handler.register_listener(fd, events, token).context("event loop")?;
         }

@@ -1,14 +1,15 @@
 //! One queue pair: the turns of its two rings, on a thread of its own.
 
 use std::{
-    os::fd::{AsRawFd, OwnedFd, RawFd},
+    os::fd::{AsFd, AsRawFd, OwnedFd, RawFd},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
 
+use epoll::{ControlOptions, Event, Events};
 use vhost_user_backend::VringT;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddressSpace;
@@ -22,7 +23,7 @@ use crate::{
     keeper::brief::Brief,
     ledger::{Account, DropReason, Ledger, Part, Pulse},
     path::{
-        self, Turn,
+        self, Turn, WaitsFor,
         forward::Tap,
         inspect::{Coalesce, Link},
         receive::Receive,
@@ -99,6 +100,8 @@ pub struct Pair {
     /// Readable when a turn was bounded and there is more to do, and when the keeper wants to see a pulse.
     again: OwnedFd,
     pulse: Pulse,
+    /// The event loop that the tap is registered with, and under which number.
+    event_loop: OnceLock<(RawFd, u64)>,
     /// Other threads that wait for the pair. (A mutex is not fair.)
     others: AtomicUsize,
     state: Mutex<State>,
@@ -114,6 +117,8 @@ pub struct State {
     receive: Receive,
     /// Frames wait for room in the tap.
     tap_full: bool,
+    /// What comes to the tap wakes nobody, as the guest has no buffer for it.
+    is_deaf: bool,
     /// When the guest last caused a line in the log.
     said: Option<Instant>,
 }
@@ -141,6 +146,7 @@ impl Pair {
             tap: Tap::new(tap),
             again,
             pulse: Pulse::new(ledger.clone(), number),
+            event_loop: OnceLock::new(),
             others: AtomicUsize::new(0),
             state: Mutex::new(State {
                 session,
@@ -148,6 +154,7 @@ impl Pair {
                 transmit: Transmit::new(account(Part::transmit(number))),
                 receive: Receive::new(account(Part::receive(number))),
                 tap_full: false,
+                is_deaf: false,
                 said: None,
             }),
         }
@@ -161,6 +168,11 @@ impl Pair {
     /// The eventfd that asks for another turn.
     pub fn again(&self) -> RawFd {
         self.again.as_raw_fd()
+    }
+
+    /// Tells the pair where its tap is watched, and under which number.
+    pub fn belongs_to(&self, event_loop: RawFd, token: u64) {
+        let _ = self.event_loop.set((event_loop, token));
     }
 
     /// The pair's thread lives.
@@ -273,7 +285,7 @@ impl Pair {
                 return Turn::fault(fault);
             }
         };
-        let State { policy: Some(policy), transmit, receive, tap_full, .. } = &mut *pair else {
+        let State { policy: Some(policy), transmit, receive, tap_full, is_deaf, .. } = &mut *pair else {
             return Turn::default();
         };
         let looks_again = kicks == Kicks::Unwanted;
@@ -282,11 +294,13 @@ impl Pair {
             Direction::Receive => {
                 self.serve_tap_queue(queue, &memory);
                 let mergeable = self.shared.acked.load(Ordering::Relaxed) & features::MRG_RXBUF != 0;
-                receive.turn(queue, &memory, &port, mergeable)
+                let turn = receive.turn(queue, &memory, &port, mergeable);
+                self.listen(is_deaf, &turn);
+                turn
             }
             Direction::Transmit => {
                 let turn = transmit.turn(queue, &memory, &port);
-                *tap_full = turn.tap_full;
+                *tap_full = turn.waits_for == Some(WaitsFor::Room);
                 turn
             }
         };
@@ -296,6 +310,23 @@ impl Pair {
         // The worker before us may have died between publishing and signalling.
         turn.signal |= took_over;
         turn
+    }
+
+    /// A guest without buffers is not to have its thread woken by each frame that comes to the tap: the tap is
+    /// heard again when a turn gets as far as to ask it for a frame.
+    fn listen(&self, is_deaf: &mut bool, turn: &Turn) {
+        let for_nothing = turn.waits_for == Some(WaitsFor::Buffers) && turn.frames == 0;
+        let tap_is_empty = turn.waits_for.is_none() && !turn.more && turn.fault.is_none();
+        let changes = if *is_deaf { tap_is_empty } else { for_nothing };
+        if !changes {
+            return;
+        }
+        let Some((event_loop, token)) = self.event_loop.get() else { return };
+        let incoming = if *is_deaf { Events::EPOLLIN } else { Events::empty() };
+        let event = Event::new(incoming | Events::EPOLLOUT | Events::EPOLLET, *token);
+        let changed =
+            epoll::ctl(*event_loop, ControlOptions::EPOLL_CTL_MOD, self.tap.as_fd().as_raw_fd(), event);
+        *is_deaf = *is_deaf != changed.is_ok();
     }
 
     /// With the receive ring's first buffer the pair's queue of the tap is attached.

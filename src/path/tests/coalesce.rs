@@ -23,7 +23,7 @@ fn written_as(rig: &mut Rig, images: &[Vec<u8>]) -> Vec<Vec<u8>> {
         rig.offer(n, image);
     }
     let turn = rig.transmit();
-    assert_eq!((turn.fault, turn.tap_full), (None, false));
+    assert_eq!((turn.fault, turn.waits_for), (None, None));
     std::iter::from_fn(|| rig.at_far_end()).collect()
 }
 
@@ -275,7 +275,7 @@ fn a_tap_that_is_full_between_two_runs_loses_no_frame_and_doubles_none() {
     while usize::from(rig.used_index()) < frames.len() {
         let turn = rig.transmit();
         assert_eq!(rig.sent().chains, u64::from(rig.used_index()));
-        assert!(turn.tap_full || usize::from(rig.used_index()) == frames.len());
+        assert!(turn.waits_for == Some(WaitsFor::Room) || usize::from(rig.used_index()) == frames.len());
         arrived.extend(std::iter::from_fn(|| rig.at_far_end()).flat_map(|image| cut(&image)));
         turns += 1;
     }

@@ -6,7 +6,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{
-    Port, Turn,
+    Port, Turn, WaitsFor,
     batch::FRAMES,
     forward::Tap,
     inspect::{Coalesce, Link},

@@ -142,7 +142,7 @@ fn a_tap_that_is_full_in_the_middle_of_a_batch_loses_nothing_and_counts_nothing_
     while rig.used_index() < 40 {
         let turn = rig.transmit();
         assert_eq!((turn.fault, turn.more), (None, false), "a full tap tells when there is room");
-        assert_eq!(turn.tap_full, rig.used_index() < 40);
+        assert_eq!(turn.waits_for, (rig.used_index() < 40).then_some(WaitsFor::Room));
         assert_eq!(rig.sent().chains, u64::from(rig.used_index()), "what was not given back was not counted");
         arrived.extend(std::iter::from_fn(|| rig.at_far_end()).map(|f| f.len() - 12));
         turns += 1;
