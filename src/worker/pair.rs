@@ -324,9 +324,9 @@ impl Pair {
         let Some((event_loop, token)) = self.event_loop.get() else { return };
         let incoming = if *is_deaf { Events::EPOLLIN } else { Events::empty() };
         let event = Event::new(incoming | Events::EPOLLOUT | Events::EPOLLET, *token);
-        let changed =
-            epoll::ctl(*event_loop, ControlOptions::EPOLL_CTL_MOD, self.tap.as_fd().as_raw_fd(), event);
-        *is_deaf = *is_deaf != changed.is_ok();
+        let tap = self.tap.as_fd().as_raw_fd();
+        let done = epoll::ctl(*event_loop, ControlOptions::EPOLL_CTL_MOD, tap, event).is_ok();
+        *is_deaf = *is_deaf != done;
     }
 
     /// With the receive ring's first buffer the pair's queue of the tap is attached.

@@ -1,7 +1,7 @@
 //! What the data path itself costs, in ns per frame: rings in plain memory, no worker, no guest, and a descriptor
 //! for a tap that takes everything at once.
 //!
-//! `cargo bench --bench path [-- ROUNDS]`. The cases run in turn; shown are the fastest round and the median. A
+//! `cargo bench --bench path [-- ROUNDS] [PART OF A NAME]`. The cases run in turn; shown are the fastest round and the median. A
 //! write to /dev/null alone is measured beside them: what is above it is ours.
 
 #![allow(unreachable_pub, reason = "a program of its own")]
@@ -167,17 +167,21 @@ fn nanoseconds(since: Instant) -> f64 {
 }
 
 fn main() {
-    let rounds = std::env::args().skip(1).find_map(|word| word.parse().ok()).unwrap_or(25);
-    let mut beds: Vec<Bed> = CASES.iter().map(Bed::new).collect();
-    let mut times = vec![Vec::new(); CASES.len() + 1];
+    let words: Vec<String> = std::env::args().skip(1).filter(|word| word != "--bench").collect();
+    let rounds = words.iter().find_map(|word| word.parse().ok()).unwrap_or(25);
+    let wanted = words.iter().find(|word| word.parse::<usize>().is_err());
+    let wanted = |case: &&Case| wanted.is_none_or(|part| case.name.contains(part.as_str()));
+    let cases: Vec<&Case> = CASES.iter().filter(wanted).collect();
+    let mut beds: Vec<Bed> = cases.iter().map(|case| Bed::new(case)).collect();
+    let mut times = vec![Vec::new(); cases.len() + 1];
     for _ in 0..rounds {
         for (bed, times) in beds.iter_mut().zip(&mut times) {
             times.push(bed.run());
         }
-        times[CASES.len()].push(write_alone());
+        times[cases.len()].push(write_alone());
     }
     println!("| what | ns/frame, fastest | median |\n|---|---|---|");
-    let names = CASES.iter().map(|case| case.name).chain(["a write to /dev/null alone"]);
+    let names = cases.iter().map(|case| case.name).chain(["a write to /dev/null alone"]);
     for (name, times) in names.zip(&mut times) {
         times.sort_by(f64::total_cmp);
         println!("| {name} | {:.1} | {:.1} |", times[0], times[times.len() / 2]);
