@@ -25,7 +25,7 @@ use super::{
     ring::{OpenRing, Pieces, QueueFault},
 };
 use crate::wire::{
-    segment::Segment,
+    segment::{Segment, Window},
     vnet::{HEADER_LEN, VnetHeader},
 };
 
@@ -142,6 +142,13 @@ impl<'p, 'm> Batch<'p, 'm> {
     /// What the frame is as a part of a longer one; nothing if it goes to the tap alone.
     pub(super) const fn segment(&self) -> Option<Segment> {
         self.segment
+    }
+
+    /// The frame's headers, and whatever is behind them.
+    pub(super) fn window(&self) -> &Window {
+        const { assert!(COPY_PREFIX >= size_of::<Window>()) };
+        let (_, frame) = self.bytes.split_at(HEADER_LEN);
+        frame.first_chunk().unwrap_or(&[0; size_of::<Window>()])
     }
 
     /// The copied start of the frame: at most [`COPY_PREFIX`] bytes.

@@ -94,11 +94,13 @@ impl<'b> Run<'b> {
     }
 
     fn follows(&mut self, segment: &Segment, batch: &Batch<'_, '_>) -> bool {
-        let frame = self.bytes.get(HEADER_LEN..self.used).unwrap_or_default();
-        let Some(train) = &self.train else { return false };
-        if self.frames.is_full() || !train.is_followed_by(segment, frame, batch.prefix()) {
+        let (Some(train), Some(frame)) = (&self.train, self.bytes.get(HEADER_LEN..)) else { return false };
+        let follows =
+            frame.first_chunk().is_some_and(|first| train.is_followed_by(segment, first, batch.window()));
+        if self.frames.is_full() || !follows {
             return false;
         }
+        let frame = frame.get(..self.used.saturating_sub(HEADER_LEN)).unwrap_or_default();
         // The first frame's checksums are looked at when a second one comes, so that single frames cost nothing.
         self.is_sound = self.is_sound || train.lead().has_right_checksums(frame);
         self.is_sound
@@ -116,7 +118,7 @@ impl<'b> Run<'b> {
             return false;
         }
         if let Some(train) = &mut self.train {
-            train.add(segment, batch.prefix());
+            train.add(segment, batch.window());
         }
         self.used = end;
         true

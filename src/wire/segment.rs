@@ -113,24 +113,26 @@ impl Segment {
     /// As [`Self::has_right_checksums`], with headers and payload in different places.
     #[must_use]
     pub fn has_right_checksums_with(&self, headers: &[u8], payload: &[u8]) -> bool {
-        let Some(transport) = headers.get(self.l4()..self.headers()) else { return false };
         let field = self.checksum_field(headers);
-        let pseudo = self.pseudo_sum(headers, payload.len());
         let right = if self.offloaded {
             // The field holds the pseudo header's sum, to which the kernel adds the rest.
-            field == Some(fold(pseudo))
+            field == Some(fold(self.pseudo_sum(headers, payload.len())))
         } else {
-            // Headers have an even length, so the payload's words are the packet's.
-            let all = pseudo.wrapping_add(sum(transport)).wrapping_add(sum(payload));
+            // The addresses are right before the transport's header, and headers have an even length, so the
+            // payload's words are the packet's.
+            let addresses_and_header = headers.get(self.addresses()..self.headers()).unwrap_or_default();
+            let all = sum_short(addresses_and_header)
+                .wrapping_add(sum(payload))
+                .wrapping_add(self.protocol_and_length(payload.len()));
             fold(all) == 0xffff && (self.is_udp() || field != Some(0xffff))
         };
-        right && (self.ip_header_len() == IPV6_HEADER || self.has_right_ipv4_checksum(headers))
+        right && (self.is_ipv6() || self.has_right_ipv4_checksum(headers))
     }
 
     /// The header's sum is right, and written as the kernel writes it: never 0xffff, which would stand for 0 too.
     fn has_right_ipv4_checksum(&self, headers: &[u8]) -> bool {
         let header = headers.get(self.l3()..self.l4()).unwrap_or_default();
-        fold(sum(header)) == 0xffff && header.get(10..12) != Some(&[0xff, 0xff])
+        fold(sum_short(header)) == 0xffff && header.get(10..12) != Some(&[0xff, 0xff])
     }
 
     fn checksum_field(&self, headers: &[u8]) -> Option<u16> {
@@ -142,22 +144,33 @@ impl Segment {
         if self.is_udp() { UDP_CHECKSUM_OFFSET } else { TCP_CHECKSUM_OFFSET }
     }
 
-    const fn ip_header_len(&self) -> usize {
-        self.l4().wrapping_sub(self.l3())
+    const fn is_ipv6(&self) -> bool {
+        self.l4.wrapping_sub(self.l3) as usize == IPV6_HEADER
+    }
+
+    /// Where the IP addresses begin: they end where the transport's header begins.
+    const fn addresses(&self) -> usize {
+        self.l3().wrapping_add(if self.is_ipv6() { 8 } else { 12 })
     }
 
     /// The sum of the pseudo header (RFC 9293 section 3.1, RFC 768, RFC 8200 section 8.1) of a packet with so
     /// many bytes of payload.
     fn pseudo_sum(&self, headers: &[u8], payload: usize) -> u64 {
-        let addresses = if self.ip_header_len() == IPV6_HEADER { 8 } else { 12 };
-        let from = self.l3().wrapping_add(addresses);
+        let addresses = headers.get(self.addresses()..self.l4()).unwrap_or_default();
+        sum_short(addresses).wrapping_add(self.protocol_and_length(payload))
+    }
+
+    /// What the pseudo header has beside the addresses.
+    fn protocol_and_length(&self, payload: usize) -> u64 {
         let protocol = if self.is_udp() { protocol::UDP } else { protocol::TCP };
         let transport = self.headers().wrapping_sub(self.l4()).wrapping_add(payload);
-        sum(headers.get(from..self.l4()).unwrap_or_default())
-            .wrapping_add(u64::from(protocol))
-            .wrapping_add(transport as u64)
+        u64::from(protocol).wrapping_add(transport as u64)
     }
 }
+
+/// The beginning of a frame: all headers that a segment can have, which are at most 14 + 2 * 4 + 40 + 60 bytes.
+/// What is behind the headers is not looked at.
+pub type Window = [u8; 128];
 
 /// Segments that were put together: the first one's place and how much followed.
 #[derive(Clone, Copy, Debug)]
@@ -203,40 +216,59 @@ impl Train {
     /// True if `next` is the segment that follows, by its headers: its checksums are another question.
     /// `first` and `frame` begin with the headers of the first frame and of this one.
     #[must_use]
-    pub fn is_followed_by(&self, next: &Segment, first: &[u8], frame: &[u8]) -> bool {
+    #[inline]
+    pub fn is_followed_by(&self, next: &Segment, first: &Window, frame: &Window) -> bool {
         let lead = &self.lead;
-        let packet = lead
-            .headers()
-            .wrapping_sub(lead.l3())
-            .saturating_add(self.payload)
-            .saturating_add(next.payload());
-        !self.is_closed
-            && (next.gso_type, next.l3(), next.headers()) == (lead.gso_type, lead.l3(), lead.headers())
-            && next.payload() <= lead.payload()
+        let alike = !self.is_closed
+            && (next.gso_type, next.l3, next.headers) == (lead.gso_type, lead.l3, lead.headers)
+            && next.payload <= lead.payload;
+        let packet =
+            lead.headers().wrapping_sub(lead.l3()).wrapping_add(self.payload).wrapping_add(next.payload());
+        // The places are known when this is compiled, so that nothing is left of looking whether they are inside.
+        alike
             && packet <= PACKET_MAX
-            && differs(first, frame, 0)
-                | differs(first, frame, 6)
-                | differs(first, frame, lead.l3().wrapping_sub(8))
-                == 0
-            && self.continues_network(first, frame)
-            && (lead.is_udp() || self.continues_tcp(first, frame))
+            && match (lead.l3(), lead.is_ipv6()) {
+                (14, false) => self.continues(first, frame, 14, IPV4_HEADER),
+                (14, true) => self.continues(first, frame, 14, IPV6_HEADER),
+                (18, false) => self.continues(first, frame, 18, IPV4_HEADER),
+                (18, true) => self.continues(first, frame, 18, IPV6_HEADER),
+                (22, false) => self.continues(first, frame, 22, IPV4_HEADER),
+                (22, true) => self.continues(first, frame, 22, IPV6_HEADER),
+                _ => false,
+            }
     }
 
-    fn continues_network(&self, first: &[u8], frame: &[u8]) -> bool {
-        if self.lead.ip_header_len() == IPV6_HEADER {
-            return same(first, frame, self.lead.l3(), &IPV6_SAME);
-        }
-        let id = |bytes| number::<2>(bytes, self.lead.l3().wrapping_add(4)).map(u16::from_be_bytes);
-        let dont_fragment = first.get(self.lead.l3().wrapping_add(6)).is_some_and(|flags| flags & 0x40 != 0);
+    #[expect(clippy::inline_always, reason = "the places are constants then")]
+    #[inline(always)]
+    fn continues(&self, first: &Window, frame: &Window, l3: usize, ip_header: usize) -> bool {
+        let l4 = l3.wrapping_add(ip_header);
+        // Ports and the end of the destination's address first: most frames that don't follow differ there.
+        differs(first, frame, l4.wrapping_sub(4)) == 0
+            && (self.lead.is_udp() || self.continues_tcp(first, frame, l4))
+            && differs(first, frame, 0) | differs(first, frame, 6) | differs(first, frame, l3.wrapping_sub(8))
+                == 0
+            && if ip_header == IPV6_HEADER {
+                same(first, frame, l3, &IPV6_SAME)
+            } else {
+                self.continues_ipv4(first, frame, l3)
+            }
+    }
+
+    #[expect(clippy::inline_always, reason = "the place is a constant then")]
+    #[inline(always)]
+    fn continues_ipv4(&self, first: &Window, frame: &Window, l3: usize) -> bool {
+        let id = |bytes| number::<2>(bytes, l3.wrapping_add(4)).map(u16::from_be_bytes);
+        let dont_fragment = number::<1>(first, l3.wrapping_add(6)).is_some_and(|[flags]| flags & 0x40 != 0);
         let counted = || {
             let on = u16::try_from(self.segments).ok()?;
             Some(id(first)?.wrapping_add(on) == id(frame)?)
         };
-        same(first, frame, self.lead.l3(), &IPV4_SAME) && (dont_fragment || counted() == Some(true))
+        same(first, frame, l3, &IPV4_SAME) && (dont_fragment || counted() == Some(true))
     }
 
-    fn continues_tcp(&self, first: &[u8], frame: &[u8]) -> bool {
-        let l4 = self.lead.l4();
+    #[expect(clippy::inline_always, reason = "the place is a constant then")]
+    #[inline(always)]
+    fn continues_tcp(&self, first: &Window, frame: &Window, l4: usize) -> bool {
         let sequence = |bytes| number::<4>(bytes, l4.wrapping_add(4)).map(u32::from_be_bytes);
         let counted = || {
             let on = u32::try_from(self.payload).ok()?;
@@ -251,7 +283,7 @@ impl Train {
     }
 
     /// Takes `next` in, whose headers are at the beginning of `frame`.
-    pub fn add(&mut self, next: &Segment, frame: &[u8]) {
+    pub fn add(&mut self, next: &Segment, frame: &Window) {
         self.segments = self.segments.wrapping_add(1);
         self.payload = self.payload.wrapping_add(next.payload());
         self.is_closed = next.is_last || next.payload() < self.lead.payload();
@@ -265,12 +297,12 @@ impl Train {
         let lead = &self.lead;
         let (l3, l4, headers) = (lead.l3(), lead.l4(), lead.headers());
         let transport = headers.wrapping_sub(l4).wrapping_add(self.payload);
-        if self.lead.ip_header_len() == IPV6_HEADER {
+        if self.lead.is_ipv6() {
             put(first, l3.wrapping_add(4), be(transport));
         } else {
             put(first, l3.wrapping_add(2), be(transport.wrapping_add(IPV4_HEADER)));
             put(first, l3.wrapping_add(10), [0, 0]);
-            let checksum = !fold(sum(first.get(l3..l4).unwrap_or_default()));
+            let checksum = !fold(sum_short(first.get(l3..l4).unwrap_or_default()));
             put(first, l3.wrapping_add(10), checksum.to_be_bytes());
         }
         if self.lead.is_udp() {
@@ -295,13 +327,13 @@ impl Train {
 
 /// The `N` bytes at a place.
 #[inline]
-fn number<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
+fn number<const N: usize>(bytes: &Window, at: usize) -> Option<[u8; N]> {
     bytes.get(at..)?.first_chunk().copied()
 }
 
 /// In which bits eight bytes at a place differ; in all, if they are not there.
 #[inline]
-fn differs(a: &[u8], b: &[u8], at: usize) -> u64 {
+fn differs(a: &Window, b: &Window, at: usize) -> u64 {
     match (number(a, at), number(b, at)) {
         (Some(a), Some(b)) => u64::from_ne_bytes(a) ^ u64::from_ne_bytes(b),
         _ => u64::MAX,
@@ -310,7 +342,7 @@ fn differs(a: &[u8], b: &[u8], at: usize) -> u64 {
 
 /// True if the bits that `masks` names are the same from a place on.
 #[inline]
-fn same<const N: usize>(a: &[u8], b: &[u8], from: usize, masks: &[[u8; 8]; N]) -> bool {
+fn same<const N: usize>(a: &Window, b: &Window, from: usize, masks: &[[u8; 8]; N]) -> bool {
     let places = (from..).step_by(8);
     let differences =
         masks.iter().zip(places).map(|(mask, at)| differs(a, b, at) & u64::from_ne_bytes(*mask));
@@ -331,26 +363,35 @@ fn be(length: usize) -> [u8; 2] {
 /// little-endian words, which is the same but for the order of the result's bytes.
 #[inline]
 fn sum(bytes: &[u8]) -> u64 {
-    let (words, rest) = bytes.as_chunks::<4>();
-    // At most 2^14 pairs of words: 32 bits hold each sum.
-    let (low, high) = words.iter().fold((0_u32, 0_u32), |(low, high), word| {
-        let word = u32::from_le_bytes(*word);
-        (low.wrapping_add(word & 0xffff), high.wrapping_add(word.wrapping_shr(16)))
+    /// Fewer bytes than this are summed word by word: summing several at once has to pay for its beginning.
+    const FEW: usize = 64;
+    let (words, rest) = if bytes.len() < FEW { (&[][..], bytes) } else { bytes.as_chunks::<8>() };
+    let halves = words.iter().fold(0_u64, |sum, word| {
+        let word = u64::from_le_bytes(*word);
+        sum.wrapping_add(word & 0xffff_ffff).wrapping_add(word.wrapping_shr(32))
     });
-    let mut last = [0; 4];
-    for (byte, value) in last.iter_mut().zip(rest) {
-        *byte = *value;
+    let (words, last) = rest.split_at(rest.len() & !3);
+    let last = last.iter().rev().fold(0, |sum: u64, byte| sum.wrapping_shl(8) | u64::from(*byte));
+    u64::from(fold(halves.wrapping_add(last)).swap_bytes()).wrapping_add(sum_short(words))
+}
+
+/// The same for headers, which are whole words of 4 bytes and few.
+#[inline]
+fn sum_short(mut bytes: &[u8]) -> u64 {
+    let mut sum = 0_u64;
+    while let Some((word, rest)) = bytes.split_first_chunk() {
+        sum = sum.wrapping_add(u32::from_le_bytes(*word).into());
+        bytes = rest;
     }
-    let last = u32::from_le_bytes(last);
-    let all = [low, high, last & 0xffff, last.wrapping_shr(16)];
-    let folded = fold(all.into_iter().fold(0_u64, |sum, n| sum.wrapping_add(n.into())));
-    folded.swap_bytes().into()
+    fold(sum).swap_bytes().into()
 }
 
 /// Brings a sum into 16 bits, adding each carry again.
 #[inline]
 fn fold(sum: u64) -> u16 {
+    let halves = (sum & 0xffff_ffff).wrapping_add(sum.wrapping_shr(32));
     let once = |n: u64| (n & 0xffff).wrapping_add(n.wrapping_shr(16));
-    let folded = once(once(once(once(sum))));
-    u16::try_from(folded & 0xffff).unwrap_or_default()
+    // 33 bits, then 18, 17 and 16.
+    let [low, high, ..] = once(once(once(halves))).to_le_bytes();
+    u16::from_le_bytes([low, high])
 }
