@@ -35,7 +35,7 @@
 //! | [`tap`] | taps: made, taken over, set up; [`tap::Queues`] |
 //! | [`keeper`] | one connection: [`keeper::message`] vhost-user on the wire, [`keeper::gate`] what is let through, [`keeper::memory`] regions, [`keeper::session`] what the next worker must be told, [`keeper::watch`] and [`keeper::deaths`] whether there is to be one, [`keeper::door`] rights given up, [`keeper::worker`] the session with the worker |
 //! | [`worker`] | [`worker::device`] events to queue pairs, [`worker::pair`] one pair's turns, [`worker::queues`] which queues of the tap are attached, [`worker::vring`] the crate's ring, mended |
-//! | [`path`] | a frame from ring to tap and from tap to ring: take, label, inspect, judge, forward or place, account, publish |
+//! | [`path`] | a frame from ring to tap and from tap to ring: take, label, inspect, judge, [`path::coalesce`] or [`path::place`], forward, account, publish |
 //! | [`wire`] | what a frame's bytes say: pure functions |
 //! | [`policy`] | what a worker is told to do, and how it reaches it |
 //! | [`ledger`] | what was counted |
@@ -50,6 +50,7 @@
 //!   virtio-net header is rebuilt ([`wire::vnet`]).
 //! * **An order that matters is a type** ([`path`]): a frame cannot be forwarded before its verdict, nor given
 //!   back uncounted.
+//! * **Every frame is counted on its own**, before it is put together with others for one write to the tap.
 //! * **A guest can cause a counted drop**: never an error, a panic, an allocation or an unlimited log line.
 //! * `unsafe` is in a few files, each named in `tests/style.rs`.
 
