@@ -49,6 +49,8 @@ pub struct Config {
     pub transmit_room: u32,
     /// What is posted for receiving.
     pub posting: Posting,
+    /// What is posted instead when the backend cannot merge buffers; `None` = the same.
+    pub unmerged: Option<Posting>,
     /// Whose order of messages.
     pub sequence: Sequence,
     /// Guest memory; `None` = one region that is large enough.
@@ -72,6 +74,7 @@ impl Default for Config {
             indirect: 0,
             transmit_room: TRANSMIT_ROOM,
             posting: Posting::single(RECEIVE_ROOM),
+            unmerged: None,
             sequence: Sequence::Plain,
             memory: None,
             mtu: None,
@@ -89,7 +92,9 @@ impl Config {
 
     /// Enough guest memory for everything, with a page to spare for each thing and a share for tests.
     fn memory_size(&self) -> u64 {
-        let posted: u64 = self.posting.lengths.iter().map(|length| u64::from(*length) + PAGE).sum();
+        let postings = [Some(&self.posting), self.unmerged.as_ref()];
+        let lengths = postings.into_iter().flatten().flat_map(|posting| &posting.lengths);
+        let posted: u64 = lengths.map(|length| u64::from(*length) + PAGE).sum();
         let table = 16 * u64::from(self.indirect) + PAGE;
         let head = posted + u64::from(self.transmit_room) + 2 * table;
         (u64::from(self.pairs) * (u64::from(self.queue_size) * head + 16 * PAGE) + (1 << 20))
@@ -310,7 +315,8 @@ fn pair(memory: &mut Memory, config: &Config, agreed: Agreed) -> Result<Pair, Me
     let header_size = if mergeable || has(feature::VERSION_1) { HEADER_SIZE } else { LEGACY_HEADER_SIZE };
     let queue = Queue::new(memory, config.queue_size, options)?;
     let framing = Framing { header_size, mergeable };
-    let receive = Receiver::new(memory, queue, config.posting.clone(), framing)?;
+    let posting = config.unmerged.as_ref().filter(|_| !mergeable).unwrap_or(&config.posting);
+    let receive = Receiver::new(memory, queue, posting.clone(), framing)?;
     let queue = Queue::new(memory, config.queue_size, options)?;
     let transmit = Transmitter::new(memory, queue, config.transmit_room, header_size)?;
     Ok(Pair { receive, transmit })

@@ -302,35 +302,44 @@ impl Receiver {
     /// # Errors
     /// As `receive`, and a kick that fails.
     pub fn drain_batch(&mut self, most: u16) -> Result<Drained, NotReceived> {
-        let mut drained = Drained::default();
-        while drained.buffers < most {
-            let Some(used) = self.queue.next_used()? else { break };
-            let mut bytes = self.count(used)?;
-            let buffers = self.merged(used.head);
-            for came in 1..buffers {
-                let missing = Fault::Missing { buffers, came };
-                let used = self.queue.next_used()?.ok_or(missing)?;
-                bytes += self.count(used)?;
-            }
-            drained.buffers += buffers;
-            drained.traffic.frames += 1;
-            drained.traffic.bytes += bytes.saturating_sub(self.framing.header_size as u64);
-        }
+        let drained = self.count_batch(most, Queue::recycle)?;
         if drained.buffers > 0 {
-            self.received.frames += drained.traffic.frames;
-            self.received.bytes += drained.traffic.bytes;
-            self.buffers += u64::from(drained.buffers);
             self.queue.publish();
             self.queue.kick_if_needed()?;
         }
         Ok(drained)
     }
 
-    #[inline]
-    fn count(&mut self, used: Used) -> Result<u64, Fault> {
-        let length = self.length(used)? as u64;
-        self.queue.recycle(used.head);
-        Ok(length)
+    /// The same, but the chains are free then, not posted.
+    ///
+    /// # Errors
+    /// When the device broke the ring, a length, or `num_buffers`.
+    pub fn take_batch(&mut self, most: u16) -> Result<Drained, Fault> {
+        self.count_batch(most, Queue::release)
+    }
+
+    /// Counts up to `most` chains; `then` is what becomes of each.
+    fn count_batch(&mut self, most: u16, then: impl Fn(&mut Queue, u16)) -> Result<Drained, Fault> {
+        let mut drained = Drained::default();
+        while drained.buffers < most {
+            let Some(used) = self.queue.next_used()? else { break };
+            let mut bytes = self.length(used)? as u64;
+            let buffers = self.merged(used.head);
+            then(&mut self.queue, used.head);
+            for came in 1..buffers {
+                let missing = Fault::Missing { buffers, came };
+                let used = self.queue.next_used()?.ok_or(missing)?;
+                bytes += self.length(used)? as u64;
+                then(&mut self.queue, used.head);
+            }
+            drained.buffers += buffers;
+            drained.traffic.frames += 1;
+            drained.traffic.bytes += bytes.saturating_sub(self.framing.header_size as u64);
+        }
+        self.received.frames += drained.traffic.frames;
+        self.received.bytes += drained.traffic.bytes;
+        self.buffers += u64::from(drained.buffers);
+        Ok(drained)
     }
 
     #[inline]

@@ -8,6 +8,7 @@ use std::fmt;
 use std::io;
 use std::time::Duration;
 
+use crate::mapping::Area;
 use crate::memory::{Memory, MemoryError, Piece};
 use crate::queue::{Buffer, Fault, Queue, Refused, Silence};
 use crate::vnet::VnetHeader;
@@ -297,14 +298,25 @@ impl Transmitter {
     /// # Errors
     /// When a frame does not fit; `Full` when something is in flight.
     pub fn prefill<'a>(&mut self, mut frame: impl FnMut(u16) -> &'a [u8]) -> Result<(), NotSent> {
+        self.prefill_offloaded(|head| (frame(head), VnetHeader::default()))
+    }
+
+    /// The same with a header of the caller's for each frame.
+    ///
+    /// # Errors
+    /// As `prefill`.
+    pub fn prefill_offloaded<'a>(
+        &mut self,
+        mut frame: impl FnMut(u16) -> (&'a [u8], VnetHeader),
+    ) -> Result<(), NotSent> {
         let size = self.queue.ring().size();
         if self.queue.free() != size {
             return Err(Refused::Full.into());
         }
         for head in 0..size {
-            let bytes = frame(head);
+            let (bytes, header) = frame(head);
             self.cut(bytes.len(), Layout::Single, head)?;
-            self.fill(bytes, &VnetHeader::default(), head);
+            self.fill(bytes, &header, head);
             self.queue.prepare(head, self.chain[0]);
             self.ready[usize::from(head)] = self.chain[0].len;
         }
@@ -317,6 +329,15 @@ impl Transmitter {
     /// # Errors
     /// When the kick fails.
     pub fn send_batch(&mut self, most: u16) -> io::Result<u16> {
+        self.send_changed(most, |_, _| {})
+    }
+
+    /// The same; before each frame goes out, `change` is lent the memory that it lies in, and told where there it
+    /// begins, behind its header.
+    ///
+    /// # Errors
+    /// As `send_batch`.
+    pub fn send_changed(&mut self, most: u16, mut change: impl FnMut(&Area, usize)) -> io::Result<u16> {
         let mut count = 0;
         let mut bytes = 0;
         while count < most {
@@ -325,6 +346,7 @@ impl Transmitter {
             if length == 0 || self.queue.add_unchanged().is_none() {
                 break;
             }
+            change(&self.rooms[usize::from(head)].area, self.header_size);
             bytes += u64::from(length);
             count += 1;
         }
