@@ -11,6 +11,7 @@
 mod harness;
 
 mod bed;
+mod bench;
 mod debian;
 mod doctor;
 mod front_ends;

@@ -1,10 +1,9 @@
 //! What the data path itself costs, in ns per frame: rings in plain memory, no worker, no guest, and a descriptor
 //! for a tap that takes everything at once.
 //!
-//! `cargo bench --bench path [-- ROUNDS] [PART OF A NAME]`. The cases run in turn; shown are the fastest round and the median. A
+//! `cargo bench -p vmflow-bench --bench path [-- ROUNDS] [PART OF A NAME]`. The cases run in turn; shown are the
+//! fastest round and the median. A
 //! write to /dev/null alone is measured beside them: what is above it is ours.
-
-#![allow(unreachable_pub, reason = "a program of its own")]
 
 use std::{hint::black_box, os::fd::OwnedFd, time::Instant};
 

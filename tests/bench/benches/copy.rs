@@ -1,23 +1,21 @@
 //! From which length on a frame had better stay where it is: all of it copied and written from one place, beside
 //! its start copied and the rest written from guest memory.
 //!
-//! `cargo bench --bench copy [-- ROUNDS]`, as root, in a network namespace of its own. The frames lie about in
+//! `cargo bench -p vmflow-bench --bench copy [-- ROUNDS]`, as root, in a network namespace of its own. The frames lie about in
 //! memory that is larger than the caches, as a guest's do; the tap drops them at its ingress. Both ways run in
 //! turn, in one thread; what counts is the ratio, pair by pair.
 
-#![allow(unreachable_pub, reason = "a program of its own")]
-
-#[allow(dead_code, reason = "each bench uses a part")]
-mod host;
-mod report;
-
 use std::{io::IoSlice, os::fd::OwnedFd};
 
-use report::Series;
 use rustix::time::{ClockId, clock_gettime};
 use vmflow::path::batch::COPY_PREFIX;
+use vmflow_bench::{
+    BACKEND_CPU,
+    host::{Network, Sink, wait_for_carrier},
+    process::pin,
+    report::Spread,
+};
 
-const TAP: &str = "vmfcopy0";
 const HEADER: usize = 12;
 const LENGTHS: [usize; 12] = [256, 512, 1024, 1514, 2048, 4096, 9014, 16_384, 24_576, 32_768, 49_152, 65_000];
 const MEMORY: usize = 256 << 20;
@@ -26,21 +24,27 @@ const BYTES: usize = 64 << 20;
 
 fn main() {
     let rounds = std::env::args().skip(1).find_map(|word| word.parse().ok()).unwrap_or(15);
-    host::own_network();
-    let tap = host::Tap::persistent(TAP);
-    let fd = vmflow::tap::attach(tap.0).expect("the tap is free");
-    host::wait_for("the carrier", || host::carrier(TAP));
-    host::pin(1);
+    let network = Network::own().expect("root");
+    let tap = network.tap(Sink::Drop, 1, 0).expect("a tap");
+    let fd = vmflow::tap::attach(&tap).expect("the tap is free");
+    wait_for_carrier(&tap).expect("the tap is up");
+    pin(&[BACKEND_CPU]).expect("a processor");
     let memory = vec![0x88_u8; MEMORY];
     println!(
         "| frame | copied whole, ns | start copied, ns | start / whole | range |\n|---|---|---|---|---|"
     );
     for len in LENGTHS {
-        let mut series = Series::new(format!("{len} B"));
-        for _ in 0..rounds {
-            series.push(whole(&fd, &memory, len), in_place(&fd, &memory, len));
-        }
-        println!("{series}");
+        let pairs: Vec<(f64, f64)> =
+            (0..rounds).map(|_| (whole(&fd, &memory, len), in_place(&fd, &memory, len))).collect();
+        let spread = |figure: fn(&(f64, f64)) -> f64| {
+            Spread::of(pairs.iter().map(figure).collect(), rounds).expect("a round")
+        };
+        let (whole, start) = (spread(|pair| pair.0), spread(|pair| pair.1));
+        let Spread { median, low, high, .. } = spread(|pair| pair.1 / pair.0);
+        println!(
+            "| {len} B | {:.0} | {:.0} | {median:.2} | {low:.2} .. {high:.2} |",
+            whole.median, start.median
+        );
     }
 }
 

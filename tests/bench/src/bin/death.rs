@@ -1,20 +1,15 @@
 //! How long traffic stands still when a worker is killed: from `kill -9` until the guest has its next frame
 //! back from the device, sent by another worker.
 //!
-//! `cargo bench --bench death [-- KILLS]`, as root. It works in a network namespace of its own. The driver is
-//! `tests/driver`; its frames are dropped at the tap's ingress.
+//! `death VMFLOW [KILLS]`, as root: VMFLOW is the program to measure. It works in a network namespace of its own. The
+//! driver is `tests/driver`; its frames are dropped at the tap's ingress.
 //!
 //! Then the same with guest memory of which the worker had touched every page: the kernel gives that back before
 //! another worker may start. Huge pages are set aside for the time that they are needed, if the host has them.
 
-#![allow(unreachable_pub, reason = "a program of its own")]
-
-mod daemon;
-#[allow(dead_code, reason = "each bench uses a part")]
-mod host;
-
 use std::{
     fs,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -27,7 +22,11 @@ use vmflow_driver::{
     vnet::VnetHeader,
 };
 
-use daemon::{PATIENCE, TAP, Vmflow};
+use vmflow_bench::{
+    PATIENCE,
+    host::{Network, Sink, wait_for_carrier},
+    vmflow::Vmflow,
+};
 
 /// Memory of the guests of the second part, in `GiB`.
 const SIZES: [u64; 3] = [1, 2, 4];
@@ -41,9 +40,12 @@ const CHAIN: u32 = 76;
 const NR_HUGEPAGES: &str = "/proc/sys/vm/nr_hugepages";
 
 fn main() {
-    let kills = std::env::args().skip(1).find_map(|word| word.parse().ok()).unwrap_or(1000);
-    host::own_network();
-    let _tap = host::Tap::persistent(TAP);
+    let mut words = std::env::args().skip(1);
+    let program = PathBuf::from(words.next().expect("which vmflow?"));
+    let kills = words.find_map(|word| word.parse().ok()).unwrap_or(1000);
+    let network = Network::own().expect("root");
+    let tap = network.tap(Sink::Drop, 1, 0).expect("a tap");
+    let measure = |name: &str, kills, config, one| measure(&program, &tap, (name, kills), config, one);
     println!("| guest | kills | median ms | p99 ms | worst ms | uncertain |\n|---|---|---|---|---|---|");
     measure("small, idle when the worker is killed", kills, Config::default(), idle);
     measure("small, 64-byte frames as fast as they go", kills, Config::default(), loaded);
@@ -64,12 +66,20 @@ fn main() {
 }
 
 /// Kills workers, and prints a row of the table.
-fn measure(name: &str, kills: u64, config: Config, one: fn(&Vmflow, &mut Device) -> Duration) {
-    let vmflow = Vmflow::start();
-    let mut device = vmflow.connect(config);
+fn measure(
+    program: &Path,
+    tap: &str,
+    (name, kills): (&str, u64),
+    config: Config,
+    one: fn(&Vmflow, &mut Device) -> Duration,
+) {
+    let vmflow = Vmflow::start(program, &[tap.to_owned()], "", &[]).expect("vmflow starts");
+    let config = Config { patience: PATIENCE, ..config };
+    let mut device = Device::connect(&vmflow.socket(0), config).expect("vmflow accepts a driver");
+    wait_for_carrier(tap).expect("the tap is up");
     let mut times: Vec<Duration> = (0..kills).map(|_| one(&vmflow, &mut device)).collect();
     times.sort();
-    let port = vmflow.port();
+    let port = vmflow.ports().expect("vmflow answers").remove(0);
     assert_eq!((port.worker_restarts, port.connections), (kills, 1), "each kill is one death, and no more");
     let ms = |time: Option<&Duration>| time.map_or(f64::NAN, |time| time.as_secs_f64() * 1e3);
     println!(
@@ -82,7 +92,7 @@ fn measure(name: &str, kills: u64, config: Config, one: fn(&Vmflow, &mut Device)
 }
 
 fn kill(vmflow: &Vmflow) -> Instant {
-    let worker = Pid::from_raw(vmflow.worker().cast_signed()).expect("a process");
+    let worker = Pid::from_raw(vmflow.worker().expect("there is one").cast_signed()).expect("a process");
     let now = Instant::now();
     kill_process(worker, Signal::KILL).expect("it lives");
     now
