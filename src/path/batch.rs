@@ -9,7 +9,8 @@
 //!
 //! All of a frame is copied, however long it is. That is safe: nobody can change what was judged. And it costs
 //! nothing: writing the rest from where it is, by an iovec, was slower at every length but the longest. Measured
-//! by `cargo bench -p vmflow-bench --bench copy` on two shared processors, Linux 6.18; ratios, as times depend on the machine:
+//! by `cargo bench -p vmflow-bench --bench copy` on two shared processors, Linux 6.18; ratios, as times depend on
+//! the machine:
 //!
 //! | frame in bytes | CPU time of start copied + iovec / all copied |
 //! |---|---|

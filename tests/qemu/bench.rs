@@ -26,9 +26,10 @@ const RUNS: [&str; 9] = [
 fn bench(out: &Path) -> Command {
     let mut bench = script("bench");
     bench.args(["--profile", "dev", "--quick", "--out"]).arg(out);
-    // Any vhost-user-net backend will do, this one too.
-    let peer =
-        format!("{VMFLOW} serve --vm name=p,socket={{socket}},tap={{tap}} --control c.sock --state state");
+    // Any vhost-user-net backend will do, this one too. It runs in a directory of its own.
+    let peer = format!(
+        "{VMFLOW} serve --vm name=p,socket={{socket}},tap={{tap}} --control $PWD/c.sock --state $PWD/state"
+    );
     bench.args(["--peer", &format!("peer={peer}"), "--peer", "broken=echo this is no backend: {socket}"]);
     bench.args(RUNS.iter().flat_map(|run| ["--only", run]));
     bench

@@ -22,7 +22,7 @@ use crate::{
 const WIDTH: i32 = 1000;
 /// Where bars begin, and the room to their right for what is said about them.
 const LEFT: i32 = 210;
-const RIGHT: i32 = 330;
+const RIGHT: i32 = 260;
 const HEAD: i32 = 56;
 const FOOT: i32 = 30;
 const BAR: i32 = 22;
@@ -70,8 +70,7 @@ impl Chart {
                 clusters.push((row.case.name.into(), Vec::new()));
             }
             let ratio = ours(rows, row).and_then(|ours| ours.times_better(row, metric).ok());
-            let note =
-                ratio.map(|ratio| format!("vmflow {}x better", short(ratio.median))).unwrap_or_default();
+            let note = ratio.map(|ratio| in_words(ratio.median)).unwrap_or_default();
             let color = color(row.variant.rival);
             let bar =
                 Bar { name: row.variant.name.clone(), spread: row.spread(metric), note, color, mark: None };
@@ -160,7 +159,10 @@ impl Bar {
         let Spread { median, low, high, .. } = match &self.spread {
             Ok(spread) => *spread,
             Err(why) => {
-                let why: String = why.chars().take(LONGEST).collect();
+                let mut why = why.clone();
+                if let Some((end, _)) = why.char_indices().nth(LONGEST) {
+                    why.replace_range(end.., " ..");
+                }
                 let x = self.mark.map_or(LEFT, |mark| at(mark, scale)) + 6;
                 return say(canvas, &why, (x, middle), (12, GREY), HPos::Left);
             }
@@ -172,9 +174,9 @@ impl Bar {
             let x = at(end, scale);
             canvas.draw(&PathElement::new(vec![(x, middle - 4), (x, middle + 4)], BLACK))?;
         }
-        let said = [short(median).as_str(), &self.note].join("   ");
+        let said = [short(median).as_str(), &self.note].join("  \u{b7}  ");
         let behind = at(high.max(self.mark.unwrap_or(0.0)), scale) + 8;
-        say(canvas, said.trim_end(), (behind, middle), (13, BLACK), HPos::Left)
+        say(canvas, said.trim_end_matches([' ', '\u{b7}']), (behind, middle), (13, BLACK), HPos::Left)
     }
 }
 
@@ -190,6 +192,15 @@ fn grid(canvas: &Canvas<'_>, scale: f64) -> Result<(), Failed> {
         say(canvas, &text, (x, bottom + 14), (12, GREY), HPos::Center)?;
     }
     Ok(())
+}
+
+/// How vmflow stands to another one.
+fn in_words(ratio: f64) -> String {
+    if ratio >= 1.0 {
+        format!("vmflow is {}x better", short(ratio))
+    } else {
+        format!("vmflow is {}x worse", short(1.0 / ratio))
+    }
 }
 
 type Failed = plotters::drawing::DrawingAreaErrorKind<std::io::Error>;

@@ -6,9 +6,6 @@ use serde::Serialize;
 
 use crate::process::{Usage, busy, peak, usage};
 
-/// A round in which anything else used more of a processor than this does not count.
-pub const DISTURBED: f64 = 0.08;
-
 /// What one run of one backend came to.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct Sample {
@@ -128,8 +125,9 @@ impl Meter {
     #[must_use]
     pub fn start(backend: Vec<u32>, mut others: Vec<u32>) -> Self {
         others.push(std::process::id());
-        let before = (usage(&backend), usage(&others), busy());
-        Self { backend, others, begin: Instant::now(), before }
+        // Of many processes this takes a while, which is not to be a part of what is measured.
+        let (ours, others_used) = (usage(&backend), usage(&others));
+        Self { backend, others, before: (ours, others_used, busy()), begin: Instant::now() }
     }
 
     /// Ends. What went through is the caller's to say.
@@ -142,8 +140,8 @@ impl Meter {
     #[must_use]
     #[expect(clippy::cast_precision_loss, reason = "a share")]
     pub fn stop_after(self, threads: u64) -> Sample {
-        let time = self.begin.elapsed();
-        let (ours, others, all) = (usage(&self.backend), usage(&self.others), busy());
+        let (time, all) = (self.begin.elapsed(), busy());
+        let (others, ours) = (usage(&self.others), usage(&self.backend));
         let cpu_ns = ours.cpu.saturating_sub(self.before.0.cpu);
         let known = threads + cpu_ns + others.cpu.saturating_sub(self.before.1.cpu);
         let unknown = all.saturating_sub(self.before.2).saturating_sub(known);

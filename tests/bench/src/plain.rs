@@ -49,16 +49,24 @@ pub fn run(case: &Case, tap: &str, time: Duration) -> Result<Sample> {
     }
 }
 
-/// What a thread on the backend's processor used for its work: ns of CPU, sleeps, and what it came to.
+/// What this thread, from now on on the backend's processor, used for its work: ns of CPU, sleeps, and what it came to.
+fn counted<T>(work: impl FnOnce() -> Result<T>) -> Result<(u64, u64, T)> {
+    pin(&[BACKEND_CPU])?;
+    let before = (thread_cpu(), own_sleeps());
+    let done = work()?;
+    Ok((thread_cpu() - before.0, own_sleeps() - before.1, done))
+}
+
+/// The same of a thread of its own. The front end's processor is busy meanwhile, as it is beside other backends: the
+/// two may be threads of one core.
 fn measured<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<(u64, u64, T)> {
-    let thread = || {
-        pin(&[BACKEND_CPU])?;
-        let before = (thread_cpu(), own_sleeps());
-        let done = work()?;
-        Ok((thread_cpu() - before.0, own_sleeps() - before.1, done))
-    };
-    std::thread::scope(|scope| scope.spawn(thread).join())
-        .unwrap_or_else(|_| bail!("the plain loop's thread panicked"))
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| counted(work));
+        while !thread.is_finished() {
+            std::hint::spin_loop();
+        }
+        thread.join().unwrap_or_else(|_| bail!("the plain loop's thread panicked"))
+    })
 }
 
 fn transmit(fd: &OwnedFd, frames: &[Frame], packets: u64, time: Duration) -> Result<Sample> {
@@ -127,7 +135,7 @@ fn round_trips(fd: &OwnedFd, length: usize, time: Duration) -> Result<Sample> {
     let request = ping(to_host(), length);
     let meter = Meter::start(Vec::new(), Vec::new());
     std::thread::scope(|scope| {
-        let device = scope.spawn(|| measured(|| answer(fd, &kick, &call, &request, &end)));
+        let device = scope.spawn(|| counted(|| answer(fd, &kick, &call, &request, &end)));
         let times = ask(&kick, &call, time);
         end.store(true, Ordering::SeqCst);
         rustix::io::write(&kick, &ONE)?;

@@ -156,7 +156,7 @@ pub fn judge(rows: &[Row]) -> Vec<Judged> {
             judged.push(Judged { goal, peer, ratio: better.times_better(than, goal.metric) });
         }
         if find(goal.than).next().is_none() {
-            let ratio = Err(format!("no run against {:?} was asked for", goal.than.2));
+            let ratio = Err("what it is compared with was not measured".into());
             judged.push(Judged { goal, peer: None, ratio });
         }
     }
@@ -187,8 +187,7 @@ pub fn markdown(rows: &[Row], about: &[(String, String)]) -> String {
     }
     text.push_str(
         "\nEach figure is the median of the rounds that count, with its range. A ratio is made within a round, of two \
-         neighbours; the median is of these. A round in which anything else used more than 8 % of a processor is left \
-         out.\n\n## Goals\n\n| goal | at least | measured | range | rounds | |\n|---|---|---|---|---|---|\n",
+         neighbours; the median is of these.\n\n## Goals\n\n| goal | at least | measured | range | rounds | |\n|---|---|---|---|---|---|\n",
     );
     for judged in judge(rows) {
         let (title, verdict, at_least) = (judged.title(), judged.verdict(), judged.goal.at_least);

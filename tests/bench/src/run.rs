@@ -11,7 +11,7 @@ use crate::{
     driver,
     guest::{self, Nic},
     host::Network,
-    measure::{DISTURBED, Sample},
+    measure::Sample,
     plain, testpmd,
 };
 
@@ -38,15 +38,27 @@ pub struct Row {
     pub outcomes: Vec<Outcome>,
 }
 
+/// How to run all of them.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    /// How often.
+    pub rounds: usize,
+    /// How long each takes.
+    pub time: Duration,
+    /// A run during which anything else used more of a processor than this is disturbed.
+    pub tolerance: f64,
+}
+
 /// Runs all rows in turn, round by round. A row that has failed is not tried again: it says why.
-pub fn all(rows: &mut [Row], network: &Network, rounds: usize, time: Duration) {
+pub fn all(rows: &mut [Row], network: &Network, plan: Plan) {
+    let Plan { rounds, time, tolerance } = plan;
     let begin = Instant::now();
     for round in 0..rounds {
         for row in rows.iter_mut().filter(|row| round < row.case.rounds) {
             if matches!(row.outcomes.last(), Some(Outcome::Failed(_))) {
                 continue;
             }
-            let outcome = outcome(once(row.case, &row.variant, network, time));
+            let outcome = outcome(once(row.case, &row.variant, network, time), tolerance);
             eprintln!(
                 "bench: {:4} s, round {}/{}: {}, {}: {}",
                 begin.elapsed().as_secs(),
@@ -61,11 +73,11 @@ pub fn all(rows: &mut [Row], network: &Network, rounds: usize, time: Duration) {
     }
 }
 
-fn outcome(result: Result<Sample>) -> Outcome {
+fn outcome(result: Result<Sample>, tolerance: f64) -> Outcome {
     match result {
         // One line.
         Err(error) => Outcome::Failed(format!("{error:#}").replace('\n', " / ")),
-        Ok(sample) if sample.foreign > DISTURBED => Outcome::Disturbed(sample),
+        Ok(sample) if sample.foreign > tolerance => Outcome::Disturbed(sample),
         Ok(sample) => Outcome::Clean(sample),
     }
 }

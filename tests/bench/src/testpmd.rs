@@ -64,7 +64,7 @@ impl Testpmd {
         command.args(devices.iter().map(|device| format!("--vdev={device}")));
         command.args(["--", "--interactive", "--no-mlockall", "--total-num-mbufs=16384"]);
         command.args(["--disable-link-check", "--no-flush-rx"]);
-        let process = Process::start("testpmd", command.args(options), &[])?;
+        let process = Process::start("testpmd", command.args(options), &[cpu])?;
         Ok(Self { process, prefix })
     }
 

@@ -13,7 +13,7 @@ use vmflow_bench::{
     measure::Metric,
     process::pin,
     report::{document, groups, judge, markdown},
-    run::{Row, all},
+    run::{Plan, Row, all},
 };
 
 /// Measures vmflow beside other backends, in one run and in turn (A B A B ..): a table, raw figures, charts.
@@ -24,8 +24,11 @@ struct Arguments {
     #[arg(long, default_value_t = 7)]
     rounds: usize,
     /// How long one measurement takes.
-    #[arg(long, default_value_t = 0.6)]
+    #[arg(long, default_value_t = 1.0)]
     seconds: f64,
+    /// A measurement during which anything else used more of a processor than this is left out.
+    #[arg(long, value_name = "SHARE", default_value_t = 0.08)]
+    tolerate: f64,
     /// One round of 0.1 s: whether everything works.
     #[arg(long)]
     quick: bool,
@@ -114,6 +117,10 @@ impl Arguments {
             ("kernel".into(), read("/proc/sys/kernel/osrelease").trim().into()),
             ("rounds".into(), self.rounds.to_string()),
             ("seconds each".into(), self.seconds.to_string()),
+            (
+                "left out".into(),
+                format!("what ran while anything else used over {} of a processor", self.tolerate),
+            ),
             ("guests run on".into(), accelerator.lines().next().unwrap_or("nothing").into()),
             ("vhost-net".into(), if has_vhost() { "there" } else { "not there: not measured" }.into()),
         ]
@@ -143,7 +150,8 @@ fn main() -> Result<()> {
     fs::create_dir_all(&arguments.out).with_context(|| arguments.out.display().to_string())?;
     let network = Network::own().context("bench needs a network namespace of its own")?;
     pin(&[FRONT_CPU])?;
-    all(&mut rows, &network, arguments.rounds, Duration::from_secs_f64(arguments.seconds));
+    let (rounds, tolerance) = (arguments.rounds, arguments.tolerate);
+    all(&mut rows, &network, Plan { rounds, time: Duration::from_secs_f64(arguments.seconds), tolerance });
     write(&arguments, &rows)
 }
 
