@@ -338,6 +338,13 @@ pub const GOALS: &[Goal] = &[
         "TCP segments without TSO: 3x the plain loop",
     ),
     same(("receive", "64 B"), Peers, Metric::Cpu, 1.5, "receive 64 B: 1.5x less CPU than a peer"),
+    same(
+        ("testpmd", "rxonly, 64 B"),
+        Peers,
+        Metric::Cpu,
+        1.5,
+        "testpmd receives 64 B: 1.5x less CPU than a peer",
+    ),
     same(("receive", "1514 B"), Peers, Metric::Cpu, 1.5, "receive 1514 B: 1.5x less CPU than a peer"),
     same(
         ("receive", "TCP GSO, mergeable"),

@@ -68,13 +68,12 @@ pub fn run(case: &Case, backend: &Backend, time: Duration) -> Result<Sample> {
 
 fn config(case: &Case) -> Config {
     let large = case.load.segment.is_some();
-    let room = u32::try_from(case.load.length.next_multiple_of(2048) + 2048).unwrap_or(u32::MAX);
     Config {
         features: case.features,
         pairs: case.pairs,
         // Large frames in many slots would be more memory than a guest has at hand.
         queue_size: if large { SLOTS / 2 } else { SLOTS },
-        transmit_room: room,
+        transmit_room: u32::try_from(case.load.stride()).unwrap_or(u32::MAX),
         posting: Posting::single(if large { PAGE } else { PAGE / 2 }),
         unmerged: case.wants_whole().then(|| Posting::chain(&[PAGE; PAGES])),
         patience: PATIENCE,

@@ -10,6 +10,9 @@
 //!     process, measure          processes and what they cost; was anybody else busy meanwhile?
 //!   report    median and range, ratios pair by pair  ->  Markdown, JSON;   chart -> SVG
 //! ```
+//! Programs of their own beside it: `bin/death` (how long a killed worker is missed), `benches/path` (the data path
+//! without a kernel), `benches/copy` (where a frame had better be written from).
+//!
 //! Costs are CPU time (schedstat of all of a backend's threads), because the machine may be shared. Only the ratio of
 //! two neighbours in a round means something on another machine.
 

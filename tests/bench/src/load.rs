@@ -78,6 +78,15 @@ impl Load {
         })
     }
 
+    /// Bytes from one frame to the next where they lie in memory: as far apart as a guest's, and not all of them in
+    /// the same sets of a cache.
+    #[must_use]
+    pub const fn stride(&self) -> usize {
+        const APART: usize = 2048;
+        const LINE: usize = 64;
+        (self.length + APART).next_multiple_of(2 * LINE) + LINE
+    }
+
     /// How many of them to put into a tap's queue at once, and how many frames come out of it then: fewer than it
     /// holds. `whole`: GSO frames come out as they went in.
     #[must_use]

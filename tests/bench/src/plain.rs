@@ -21,7 +21,7 @@ use crate::{
     case::{Case, Traffic},
     driver::SLOTS,
     host::{Sender, takes_whole, wait_for_carrier},
-    load::{Frame, Load, is_answer, ping, to_host},
+    load::{Load, is_answer, ping, to_host},
     measure::{Latency, Meter, Sample},
     process::{own_sleeps, pin},
 };
@@ -39,7 +39,7 @@ pub fn run(case: &Case, tap: &str, time: Duration) -> Result<Sample> {
     let fd = vmflow::tap::attach(tap)?;
     wait_for_carrier(tap)?;
     match case.traffic {
-        Traffic::Transmit => transmit(&fd, &case.load.frames(SLOTS, to_host()), case.load.packets(), time),
+        Traffic::Transmit => transmit(&fd, &case.load, time),
         Traffic::Receive => {
             vmflow::tap::set_offloads(&fd, case.features)?;
             receive(&fd, &case.load, takes_whole(tap)?, &Sender::on(tap)?, time)
@@ -69,23 +69,28 @@ fn measured<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<(u64, u6
     })
 }
 
-fn transmit(fd: &OwnedFd, frames: &[Frame], packets: u64, time: Duration) -> Result<Sample> {
+fn transmit(fd: &OwnedFd, load: &Load, time: Duration) -> Result<Sample> {
+    let frames = load.frames(SLOTS, to_host());
+    let mut memory = vec![0; frames.len() * load.stride()];
+    for (room, frame) in memory.chunks_mut(load.stride()).zip(&frames) {
+        room[..frame.bytes.len()].copy_from_slice(&frame.bytes);
+    }
+    let headers: Vec<_> = frames.iter().map(|frame| frame.header.bytes()).collect();
     let meter = Meter::start(Vec::new(), Vec::new());
-    let (cpu_ns, wakeups, (frames, bytes)) = measured(|| {
-        let (begin, mut count, mut bytes) = (Instant::now(), 0, 0);
+    let (cpu_ns, wakeups, count) = measured(|| {
+        let (begin, mut count) = (Instant::now(), 0);
         while begin.elapsed() < time {
-            for frame in frames {
-                let header = frame.header.bytes();
-                let parts = [IoSlice::new(&header), IoSlice::new(&frame.bytes)];
-                let written = rustix::io::writev(fd, &parts)?;
-                ensure!(written == HEADER_SIZE + frame.bytes.len(), "a frame was cut");
-                bytes += frame.bytes.len() as u64;
+            for (header, room) in headers.iter().zip(memory.chunks(load.stride())) {
+                let frame = &room[..load.length];
+                let written = rustix::io::writev(fd, &[IoSlice::new(header), IoSlice::new(frame)])?;
+                ensure!(written == HEADER_SIZE + frame.len(), "a frame was cut");
             }
-            count += frames.len() as u64;
+            count += headers.len() as u64;
         }
-        Ok((count, bytes))
+        Ok(count)
     })?;
-    Ok(Sample { packets: frames * packets, bytes, cpu_ns, wakeups, peak_kib: 0, ..meter.stop_after(cpu_ns) })
+    let (packets, bytes) = (count * load.packets(), count * load.length as u64);
+    Ok(Sample { packets, bytes, cpu_ns, wakeups, peak_kib: 0, ..meter.stop_after(cpu_ns) })
 }
 
 fn receive(fd: &OwnedFd, load: &Load, whole: bool, sender: &Sender, time: Duration) -> Result<Sample> {
