@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use crate::process::{Usage, busy, peak, usage};
+use crate::process::{Usage, busy, peak, softirq_threads, usage};
 
 /// What one run of one backend came to.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
@@ -125,6 +125,8 @@ impl Meter {
     #[must_use]
     pub fn start(backend: Vec<u32>, mut others: Vec<u32>) -> Self {
         others.push(std::process::id());
+        // What they do, they do for the frames of here.
+        others.extend(softirq_threads());
         // Of many processes this takes a while, which is not to be a part of what is measured.
         let (ours, others_used) = (usage(&backend), usage(&others));
         Self { backend, others, before: (ours, others_used, busy()), begin: Instant::now() }

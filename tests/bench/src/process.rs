@@ -184,6 +184,16 @@ pub fn tree(pid: u32) -> Vec<u32> {
     std::iter::once(pid).chain(children.into_iter().flat_map(tree)).collect()
 }
 
+/// The kernel's threads that go on with frames where a processor has too many of them at once.
+#[must_use]
+pub fn softirq_threads() -> Vec<u32> {
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let named = processes.filter(|process| {
+        fs::read_to_string(process.path().join("comm")).is_ok_and(|name| name.starts_with("ksoftirqd/"))
+    });
+    named.filter_map(|process| process.file_name().to_str()?.parse().ok()).collect()
+}
+
 /// What processes have used so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {

@@ -209,24 +209,30 @@ fn table(rows: &[Row], group: &str) -> String {
     let of_group = || rows.iter().filter(|row| row.case.group == group);
     let has = |metric: &Metric| of_group().any(|row| row.spread(*metric).is_ok());
     let columns: Vec<Metric> = COLUMNS.into_iter().filter(has).collect();
-    let titles: Vec<&str> = columns.iter().map(|metric| metric.title()).collect();
-    let mut text = format!("| case | backend | vmflow is better | {} | left out |\n", titles.join(" | "));
-    let _ = writeln!(text, "|---|---|---|{}---|", "---|".repeat(columns.len()));
+    let head = ["case", "backend", "vmflow is better"].into_iter();
+    let head = head.chain(columns.iter().map(|metric| metric.title())).chain(["left out"]);
+    let mut text = line(head.map(str::to_owned));
+    text.push_str(&line((0..columns.len() + 4).map(|_| "---".to_owned())));
     for row in of_group() {
-        let _ = write!(text, "| {} | {} |", row.case.name, row.variant.name);
-        if let Err(why) = row.spread(row.case.metric) {
-            let _ = writeln!(text, " {} |{} {} |", cell(&why), " |".repeat(columns.len()), row.disturbed());
-            continue;
-        }
-        let ratio = match ours(rows, row).map(|ours| ours.times_better(row, row.case.metric)) {
-            None => String::new(),
-            Some(Ok(ratio)) => format!("**{:.2}x** ({:.2} .. {:.2})", ratio.median, ratio.low, ratio.high),
-            Some(Err(why)) => cell(&why),
+        let (spread, ours) = (row.spread(row.case.metric), ours(rows, row));
+        let ratio = match (&spread, ours.map(|ours| ours.times_better(row, row.case.metric))) {
+            (Err(why), _) => cell(why),
+            (Ok(_), Some(Err(why))) => cell(&why),
+            (Ok(_), None) => String::new(),
+            (Ok(_), Some(Ok(ratio))) => {
+                format!("**{:.2}x** ({:.2} .. {:.2})", ratio.median, ratio.low, ratio.high)
+            }
         };
-        let figures: Vec<_> = columns.iter().map(|metric| figure(row.spread(*metric))).collect();
-        let _ = writeln!(text, " {ratio} | {} | {} |", figures.join(" | "), row.disturbed());
+        let name = [row.case.name.to_owned(), row.variant.name.clone(), ratio];
+        let figures = columns.iter().map(|metric| figure(row.spread(*metric)));
+        text.push_str(&line(name.into_iter().chain(figures).chain([row.disturbed().to_string()])));
     }
     text
+}
+
+/// A line of a table.
+fn line(cells: impl Iterator<Item = String>) -> String {
+    format!("| {} |\n", cells.collect::<Vec<_>>().join(" | "))
 }
 
 fn figure(spread: Result<Spread, String>) -> String {
