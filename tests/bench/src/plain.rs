@@ -102,9 +102,12 @@ fn receive(fd: &OwnedFd, load: &Load, whole: bool, sender: &Sender, time: Durati
         for _ in 0..burst {
             sender.send(&frame.header, &frame.bytes)?;
         }
-        let now = Instant::now();
-        let (cpu, sleeps, bytes) = measured(|| read(fd, frames))?;
-        busy += now.elapsed();
+        let (cpu, sleeps, (bytes, took)) = measured(|| {
+            // A thread's start is no part of it.
+            let now = Instant::now();
+            Ok((read(fd, frames)?, now.elapsed()))
+        })?;
+        busy += took;
         sample.cpu_ns += cpu;
         sample.wakeups += sleeps;
         sample.packets += burst * load.packets();
