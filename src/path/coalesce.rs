@@ -109,12 +109,15 @@ impl<'b> Run<'b> {
     /// Copies the payload behind the last one's, unless its checksums are wrong.
     fn append(&mut self, segment: &Segment, batch: &Batch<'_, '_>) -> bool {
         let end = self.used.saturating_add(segment.payload());
-        let start = batch.prefix().get(segment.headers()..).unwrap_or_default();
         let Some(room) = self.bytes.get_mut(self.used..end) else { return false };
+        let prefix = batch.prefix();
+        let Some((_, start)) = prefix.split_at_checked(segment.headers()) else { return false };
         let Some((place, rest)) = room.split_at_mut_checked(start.len()) else { return false };
         place.copy_from_slice(start);
-        batch.copy_rest(rest);
-        if !segment.has_right_checksums_with(batch.prefix(), room) {
+        if !rest.is_empty() {
+            batch.copy_rest(rest);
+        }
+        if !segment.has_right_checksums_with(prefix, room) {
             return false;
         }
         if let Some(train) = &mut self.train {

@@ -116,28 +116,36 @@ impl Segment {
         let field = self.checksum_field(headers);
         let right = if self.offloaded {
             // The field holds the pseudo header's sum, to which the kernel adds the rest.
-            field == Some(fold(self.pseudo_sum(headers, payload.len())))
+            field == Some(fold(self.pseudo_sum(headers, payload.len())).to_le_bytes())
         } else {
-            // The addresses are right before the transport's header, and headers have an even length, so the
-            // payload's words are the packet's.
-            let addresses_and_header = headers.get(self.addresses()..self.headers()).unwrap_or_default();
-            let all = sum_short(addresses_and_header)
+            let all = self
+                .sum_of_addresses_and_header(headers)
                 .wrapping_add(sum(payload))
                 .wrapping_add(self.protocol_and_length(payload.len()));
-            fold(all) == 0xffff && (self.is_udp() || field != Some(0xffff))
+            fold(all) == 0xffff && (self.is_udp() || field != Some([0xff, 0xff]))
         };
         right && (self.is_ipv6() || self.has_right_ipv4_checksum(headers))
     }
 
-    /// The header's sum is right, and written as the kernel writes it: never 0xffff, which would stand for 0 too.
-    fn has_right_ipv4_checksum(&self, headers: &[u8]) -> bool {
-        let header = headers.get(self.l3()..self.l4()).unwrap_or_default();
-        fold(sum_short(header)) == 0xffff && header.get(10..12) != Some(&[0xff, 0xff])
+    /// The addresses are right before the transport's header, and together they have an even length, so that the
+    /// payload's words are the packet's.
+    fn sum_of_addresses_and_header(&self, headers: &[u8]) -> u64 {
+        let bytes = headers.get(self.addresses()..self.headers()).unwrap_or_default();
+        // IPv4 and UDP: a length that is known when this is compiled.
+        <&[u8; 16]>::try_from(bytes).map_or_else(|_| sum_of_words(bytes), |bytes| sum_of_words(bytes))
     }
 
-    fn checksum_field(&self, headers: &[u8]) -> Option<u16> {
+    /// The header's sum is right, and written as the kernel writes it: never 0xffff, which would stand for 0 too.
+    fn has_right_ipv4_checksum(&self, headers: &[u8]) -> bool {
+        let header = headers.get(self.l3()..).and_then(<[u8]>::first_chunk::<IPV4_HEADER>);
+        header.is_some_and(|header| {
+            fold(sum_of_words(header)) == 0xffff && header.get(10..12) != Some(&[0xff, 0xff])
+        })
+    }
+
+    fn checksum_field(&self, headers: &[u8]) -> Option<[u8; 2]> {
         let place = self.l4().wrapping_add(usize::from(self.checksum_offset()));
-        headers.get(place..)?.first_chunk().map(|bytes| u16::from_be_bytes(*bytes))
+        headers.get(place..)?.first_chunk().copied()
     }
 
     fn checksum_offset(&self) -> u16 {
@@ -157,14 +165,15 @@ impl Segment {
     /// many bytes of payload.
     fn pseudo_sum(&self, headers: &[u8], payload: usize) -> u64 {
         let addresses = headers.get(self.addresses()..self.l4()).unwrap_or_default();
-        sum_short(addresses).wrapping_add(self.protocol_and_length(payload))
+        sum_of_words(addresses).wrapping_add(self.protocol_and_length(payload))
     }
 
     /// What the pseudo header has beside the addresses.
     fn protocol_and_length(&self, payload: usize) -> u64 {
         let protocol = if self.is_udp() { protocol::UDP } else { protocol::TCP };
         let transport = self.headers().wrapping_sub(self.l4()).wrapping_add(payload);
-        u64::from(protocol).wrapping_add(transport as u64)
+        let words = [[0, protocol], be(transport)].map(u16::from_le_bytes);
+        words.into_iter().fold(0, |sum, word| sum.wrapping_add(word.into()))
     }
 }
 
@@ -302,8 +311,8 @@ impl Train {
         } else {
             put(first, l3.wrapping_add(2), be(transport.wrapping_add(IPV4_HEADER)));
             put(first, l3.wrapping_add(10), [0, 0]);
-            let checksum = !fold(sum_short(first.get(l3..l4).unwrap_or_default()));
-            put(first, l3.wrapping_add(10), checksum.to_be_bytes());
+            let checksum = !fold(sum_of_words(first.get(l3..l4).unwrap_or_default()));
+            put(first, l3.wrapping_add(10), checksum.to_le_bytes());
         }
         if self.lead.is_udp() {
             put(first, l4.wrapping_add(4), be(transport));
@@ -312,7 +321,7 @@ impl Train {
         }
         let csum_offset = self.lead.checksum_offset();
         let pseudo = fold(self.lead.pseudo_sum(first, self.payload));
-        put(first, l4.wrapping_add(csum_offset.into()), pseudo.to_be_bytes());
+        put(first, l4.wrapping_add(csum_offset.into()), pseudo.to_le_bytes());
         VnetHeader {
             flags: Flags::NEEDS_CSUM,
             gso_type: lead.gso_type,
@@ -359,8 +368,8 @@ fn be(length: usize) -> [u8; 2] {
     u16::try_from(length).unwrap_or(u16::MAX).to_be_bytes()
 }
 
-/// The sum of big-endian words of 16 bits, an odd byte at the end filled up with 0 (RFC 1071). Summed as
-/// little-endian words, which is the same but for the order of the result's bytes.
+/// The sum of a packet's words of 16 bits, an odd byte at the end filled up with 0 (RFC 1071). The words are taken
+/// as little-endian ones: the sum is the same but for the order of its bytes, so it is stored in that order too.
 #[inline]
 fn sum(bytes: &[u8]) -> u64 {
     /// Fewer bytes than this are summed word by word: summing several at once has to pay for its beginning.
@@ -372,18 +381,18 @@ fn sum(bytes: &[u8]) -> u64 {
     });
     let (words, last) = rest.split_at(rest.len() & !3);
     let last = last.iter().rev().fold(0, |sum: u64, byte| sum.wrapping_shl(8) | u64::from(*byte));
-    u64::from(fold(halves.wrapping_add(last)).swap_bytes()).wrapping_add(sum_short(words))
+    halves.wrapping_add(last).wrapping_add(sum_of_words(words))
 }
 
-/// The same for headers, which are whole words of 4 bytes and few.
+/// The same for whole words of 4 bytes, and few of them.
 #[inline]
-fn sum_short(mut bytes: &[u8]) -> u64 {
+fn sum_of_words(mut bytes: &[u8]) -> u64 {
     let mut sum = 0_u64;
     while let Some((word, rest)) = bytes.split_first_chunk() {
         sum = sum.wrapping_add(u32::from_le_bytes(*word).into());
         bytes = rest;
     }
-    fold(sum).swap_bytes().into()
+    sum
 }
 
 /// Brings a sum into 16 bits, adding each carry again.
