@@ -11,6 +11,8 @@ pub enum Rival {
     Vmflow,
     /// vmflow with `coalesce` off.
     Uncoalesced,
+    /// vmflow with `poll_us`: it looks for more before it sleeps.
+    Polling,
     /// vmflow built without monitoring.
     Unmonitored,
     /// A plain loop on the same tap.
@@ -25,7 +27,7 @@ pub enum Rival {
     QemuVhost,
 }
 
-use Rival::{Dpdk, Peers, Plain, QemuTap, QemuVhost, Uncoalesced, Unmonitored, Vmflow};
+use Rival::{Dpdk, Peers, Plain, Polling, QemuTap, QemuVhost, Uncoalesced, Unmonitored, Vmflow};
 
 /// Who drives the backend.
 #[derive(Clone, Copy, Debug)]
@@ -198,6 +200,24 @@ pub const CASES: &[Case] = &[
         rivals: &[Vmflow, Uncoalesced, Plain, Peers],
         ..TRANSMIT
     },
+    Case {
+        name: "64 B, runs of 44, checksums left",
+        load: Load::udp(64).run(RUN).unsummed(),
+        features: FEATURES | feature::CSUM,
+        ..TRANSMIT
+    },
+    Case {
+        name: "UDP 1400 B, runs of 44, checksums left",
+        load: Load::udp(LARGE).run(RUN).unsummed(),
+        features: FEATURES | feature::CSUM,
+        ..TRANSMIT
+    },
+    Case {
+        name: "TCP without TSO, runs of 44, checksums left",
+        load: Load::tcp(MSS).run(RUN).unsummed(),
+        features: FEATURES | feature::CSUM,
+        ..TRANSMIT
+    },
     Case { name: "64 B, one flow", rivals: &[Vmflow, Uncoalesced, Plain], ..TRANSMIT },
     Case {
         name: "TCP with TSO, 64 KiB",
@@ -255,7 +275,7 @@ pub const CASES: &[Case] = &[
         name: "64 B",
         traffic: Traffic::RoundTrip,
         sink: Sink::Socket,
-        rivals: &[Vmflow, Plain, Peers],
+        rivals: &[Vmflow, Polling, Plain, Peers],
         metric: Metric::Median,
         ..TRANSMIT
     },
@@ -336,6 +356,27 @@ pub const GOALS: &[Goal] = &[
         Metric::Cpu,
         3.0,
         "TCP segments without TSO: 3x the plain loop",
+    ),
+    same(
+        ("transmit", "64 B, runs of 44, checksums left"),
+        Plain,
+        Metric::Cpu,
+        5.0,
+        "runs of 44 x 64 B UDP, checksums left: 5x the plain loop",
+    ),
+    same(
+        ("transmit", "UDP 1400 B, runs of 44, checksums left"),
+        Plain,
+        Metric::Cpu,
+        3.0,
+        "runs of 44 x 1400 B UDP, checksums left: 3x the plain loop",
+    ),
+    same(
+        ("transmit", "TCP without TSO, runs of 44, checksums left"),
+        Plain,
+        Metric::Cpu,
+        3.0,
+        "TCP segments without TSO, checksums left: 3x the plain loop",
     ),
     same(("receive", "64 B"), Peers, Metric::Cpu, 1.5, "receive 64 B: 1.5x less CPU than a peer"),
     same(

@@ -230,6 +230,7 @@ fn count(bars: &[Bar]) -> i32 {
 const fn color(rival: Rival) -> RGBColor {
     match rival {
         Rival::Vmflow => RGBColor(31, 100, 180),
+        Rival::Polling => RGBColor(70, 150, 160),
         Rival::Uncoalesced => RGBColor(120, 170, 220),
         Rival::Unmonitored => RGBColor(90, 190, 190),
         Rival::Plain => NEUTRAL,

@@ -28,6 +28,8 @@ pub struct Load {
     pub flows: u16,
     /// The payload of each packet, where the frame is to be cut into several by whoever sends it on (TSO).
     pub segment: Option<u16>,
+    /// The checksum is left to be finished, as every Linux guest does where it may.
+    pub unsummed: bool,
 }
 
 /// A frame with its virtio-net header.
@@ -43,7 +45,7 @@ impl Load {
     /// UDP datagrams of one flow, in frames of so many bytes.
     #[must_use]
     pub const fn udp(length: usize) -> Self {
-        Self { tcp: false, length, run: 1, flows: 1, segment: None }
+        Self { tcp: false, length, run: 1, flows: 1, segment: None, unsummed: false }
     }
 
     /// TCP segments of one flow, with so many bytes each.
@@ -64,10 +66,16 @@ impl Load {
         Self { run, flows: u16::MAX, ..self }
     }
 
+    /// The same with checksums that are left to be finished.
+    #[must_use]
+    pub const fn unsummed(self) -> Self {
+        Self { unsummed: true, ..self }
+    }
+
     /// TCP in frames of 64 KiB that are left to be cut.
     #[must_use]
     pub const fn tso(segment: u16) -> Self {
-        Self { segment: Some(segment), ..Self::tcp(65_160) }
+        Self { segment: Some(segment), unsummed: true, ..Self::tcp(65_160) }
     }
 
     /// Packets on the wire for each frame.
@@ -116,34 +124,36 @@ impl Load {
         let ends = Ends { ports: [LOWEST_PORT + flow, ends.ports[1]], ..ends };
         if !self.tcp {
             let bytes = ends.udp(&pattern(self.length - ETHERNET - IPV4 - UDP, slot.into()));
-            return Frame { header: VnetHeader::default(), bytes };
+            return self.left(bytes, protocol::UDP, 6);
         }
         let payload = pattern(self.length - ETHERNET - IPV4 - TCP, slot.into());
         let in_run = u32::from(if self.flows == 1 { slot } else { slot % self.run });
         let sequence = in_run.wrapping_mul(u32::try_from(payload.len()).unwrap_or(0));
         let segment = Segment { sequence, acknowledged: 1, flags: ACK, window: 512 };
-        let mut bytes = ends.tcp(segment, &payload);
-        let header = self.segment.map_or_else(VnetHeader::default, |size| {
-            leave_the_sum(&mut bytes);
-            VnetHeader {
-                flags: flag::NEEDS_CSUM,
-                gso_type: gso::TCPV4,
-                hdr_len: word(ETHERNET + IPV4 + TCP),
-                gso_size: size,
-                csum_start: word(at::L4),
-                csum_offset: 16,
-                num_buffers: 0,
-            }
-        });
+        self.left(ends.tcp(segment, &payload), protocol::TCP, 16)
+    }
+
+    /// The frame as a driver hands it over: with what is left to be done. If that is anything, the sum over the pseudo
+    /// header is where the checksum is.
+    fn left(&self, mut bytes: Vec<u8>, protocol: u8, csum_offset: u16) -> Frame {
+        if !self.unsummed {
+            return Frame { header: VnetHeader::default(), bytes };
+        }
+        let length = word(bytes.len() - at::L4).to_be_bytes();
+        let pseudo = [&bytes[at::IP + 12..at::L4], &[0, protocol], &length].concat();
+        let field = at::L4 + usize::from(csum_offset);
+        bytes[field..field + 2].copy_from_slice(&sum(&pseudo).to_be_bytes());
+        let header = VnetHeader {
+            flags: flag::NEEDS_CSUM,
+            gso_type: self.segment.map_or(0, |_| gso::TCPV4),
+            hdr_len: self.segment.map_or(0, |_| word(ETHERNET + IPV4 + TCP)),
+            gso_size: self.segment.unwrap_or(0),
+            csum_start: word(at::L4),
+            csum_offset,
+            num_buffers: 0,
+        };
         Frame { header, bytes }
     }
-}
-
-/// Puts the sum over the pseudo header where TCP's checksum is: whoever cuts the frame finishes it.
-fn leave_the_sum(frame: &mut [u8]) {
-    let length = word(frame.len() - at::L4).to_be_bytes();
-    let pseudo = [&frame[at::IP + 12..at::L4], &[0, protocol::TCP], &length].concat();
-    frame[at::L4 + 16..at::L4 + 18].copy_from_slice(&sum(&pseudo).to_be_bytes());
 }
 
 fn word(number: usize) -> u16 {

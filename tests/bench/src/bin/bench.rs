@@ -73,6 +73,7 @@ impl Arguments {
                 Rival::Uncoalesced,
                 vmflow(&self.vmflow, ",coalesce=false", true),
             ),
+            variant("vmflow, poll_us=50", Rival::Polling, vmflow(&self.vmflow, ",poll_us=50", true)),
             variant("plain loop", Rival::Plain, Kind::Plain),
             variant("DPDK vhost + tap (polls)", Rival::Dpdk, Kind::Dpdk),
             variant("QEMU's tap", Rival::QemuTap, Kind::Qemu { vhost: false }),
