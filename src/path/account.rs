@@ -49,10 +49,11 @@ pub fn received(
     buffer: &ReceiveBuffer,
 ) -> Recorded<TapFrame> {
     let fate = outcome.fate();
-    let (frame, label, volume) = outcome.into_inner().into_parts();
-    let ended = Ended { volume, suspect: label.is_suspect(), fate, elements: buffer.heads(), joined: 0 };
-    account.record(&ended, !buffer.is_readable());
-    Recorded(frame)
+    let judged = outcome.into_inner();
+    let (volume, suspect) = (judged.volume(), judged.label().is_suspect());
+    account
+        .record(&Ended { volume, suspect, fate, elements: buffer.heads(), joined: 0 }, !buffer.is_readable());
+    Recorded(judged.into_frame())
 }
 
 /// The chains are given back: a worker that comes after us publishes them, if we do not.

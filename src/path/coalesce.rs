@@ -157,6 +157,6 @@ impl<'b> Run<'b> {
 
     /// The chains, to be given back.
     pub(super) fn into_chains(self) -> impl Iterator<Item = Chain> + use<'b> {
-        self.frames.drain(..).map(|judged| judged.into_parts().0)
+        self.frames.drain(..).map(Judged::into_frame)
     }
 }

@@ -61,16 +61,37 @@ pub struct Link {
 pub struct Inspected<F> {
     frame: F,
     label: FrameLabel,
-    volume: Volume,
+    size: FrameSize,
     fault: Option<DropReason>,
+}
+
+/// A frame's size, in as few bytes as it needs: it is handed on from step to step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct FrameSize {
+    packets: u32,
+    bytes: u32,
+    wire_bytes: u32,
+}
+
+impl FrameSize {
+    /// What is said of a chain of more than a mebibyte is that it is malformed.
+    fn new(packets: u64, bytes: u64, wire_bytes: u64) -> Self {
+        let short = |n| u32::try_from(n).unwrap_or(u32::MAX);
+        Self { packets: short(packets), bytes: short(bytes), wire_bytes: short(wire_bytes) }
+    }
+
+    /// As it is counted.
+    pub(super) fn volume(self) -> Volume {
+        Volume::frame(self.packets.into(), self.bytes.into(), self.wire_bytes.into())
+    }
 }
 
 impl<F> Inspected<F> {
     pub(super) const fn fault(&self) -> Option<DropReason> {
         self.fault
     }
-    pub(super) fn into_parts(self) -> (F, FrameLabel, Volume) {
-        (self.frame, self.label, self.volume)
+    pub(super) fn into_parts(self) -> (F, FrameLabel, FrameSize) {
+        (self.frame, self.label, self.size)
     }
 }
 
@@ -119,18 +140,19 @@ pub fn received(
 }
 
 struct Findings {
-    volume: Volume,
+    size: FrameSize,
     fault: Option<DropReason>,
 }
 
 impl Findings {
     /// A malformed chain counts as one packet of no bytes.
     const fn malformed() -> Self {
-        Self { volume: Volume::frame(1, 0, 0), fault: Some(DropReason::Malformed) }
+        let size = FrameSize { packets: 1, bytes: 0, wire_bytes: 0 };
+        Self { size, fault: Some(DropReason::Malformed) }
     }
 
-    const fn plain(len: usize, fault: Option<DropReason>) -> Self {
-        Self { volume: Volume::frame(1, len as u64, len as u64), fault }
+    fn plain(len: usize, fault: Option<DropReason>) -> Self {
+        Self { size: FrameSize::new(1, len as u64, len as u64), fault }
     }
 
     fn of(checked: Result<Checked, OffloadFault>, headers: &Headers, len: usize, link: &Link) -> Self {
@@ -139,7 +161,7 @@ impl Findings {
                 let Size { packets, bytes, wire_bytes } = checked.size();
                 let fits = checked.fits_mtu(headers, len, link.mtu) && len <= FRAME_MAX;
                 let fault = (!fits).then_some(DropReason::Oversize);
-                Self { volume: Volume::frame(packets, bytes, wire_bytes), fault }
+                Self { size: FrameSize::new(packets, bytes, wire_bytes), fault }
             }
             Err(OffloadFault::NotNegotiated) => Self::plain(len, Some(DropReason::NotNegotiated)),
             Err(OffloadFault::BadOffload(_)) => Self::plain(len, Some(DropReason::BadOffload)),
@@ -148,6 +170,6 @@ impl Findings {
 
     fn into_inspected<F>(self, labelled: Labelled<F>) -> Inspected<F> {
         let (frame, label) = labelled.into_parts();
-        Inspected { frame, label, volume: self.volume, fault: self.fault }
+        Inspected { frame, label, size: self.size, fault: self.fault }
     }
 }

@@ -1,7 +1,7 @@
 //! What becomes of a frame. Judging changes nothing: a frame that has to wait is judged again, and is not
 //! charged twice.
 
-use super::inspect::Inspected;
+use super::inspect::{FrameSize, Inspected};
 use crate::{
     label::FrameLabel,
     ledger::{DropReason, Volume},
@@ -23,7 +23,7 @@ pub enum Verdict {
 pub struct Judged<F> {
     frame: F,
     label: FrameLabel,
-    volume: Volume,
+    size: FrameSize,
     verdict: Verdict,
 }
 
@@ -35,29 +35,29 @@ impl<F> Judged<F> {
     }
     /// Its size in every unit.
     #[must_use]
-    pub const fn volume(&self) -> Volume {
-        self.volume
+    pub fn volume(&self) -> Volume {
+        self.size.volume()
     }
     /// What is to be done with it.
     #[must_use]
     pub const fn verdict(&self) -> Verdict {
         self.verdict
     }
-    pub(super) fn into_parts(self) -> (F, FrameLabel, Volume) {
-        (self.frame, self.label, self.volume)
+    pub(super) fn into_frame(self) -> F {
+        self.frame
     }
 }
 
 /// Gives a frame its verdict: what is wrong with the frame itself comes first, then the policy.
 pub fn judge<F>(inspected: Inspected<F>, policy: &Policy) -> Judged<F> {
     let fault = inspected.fault();
-    let (frame, label, volume) = inspected.into_parts();
+    let (frame, label, size) = inspected.into_parts();
     let verdict = match fault {
         Some(reason) => Verdict::Drop(reason),
         None if label.is_suspect() => suspect(policy.suspect_action),
         None => Verdict::Forward,
     };
-    Judged { frame, label, volume, verdict }
+    Judged { frame, label, size, verdict }
 }
 
 const fn suspect(action: SuspectAction) -> Verdict {

@@ -8,15 +8,13 @@ use vm_memory::VolatileSlice;
 /// Bytes that come with one hint.
 const LINE: usize = 64;
 
-/// Asks for the first two lines of some guest memory: a virtio-net header and the headers of most frames. What
-/// comes behind them in a row, the processor fetches by itself.
+/// Asks for two lines of some guest memory, from a byte of it on: a virtio-net header and the headers of most
+/// frames. What comes behind them in a row, the processor fetches by itself.
 #[inline]
-pub(super) fn prefetch(memory: &VolatileSlice<'_, ()>) {
-    for offset in [0, LINE] {
-        if let Ok(line) = memory.offset(offset) {
-            fetch(line.ptr_guard().as_ptr());
-        }
-    }
+pub(super) fn prefetch(memory: &VolatileSlice<'_, ()>, from: usize) {
+    let first = memory.ptr_guard().as_ptr().wrapping_add(from);
+    fetch(first);
+    fetch(first.wrapping_add(LINE));
 }
 
 #[cfg(target_arch = "x86_64")]

@@ -124,8 +124,7 @@ impl Receive {
     fn next(&mut self, ring: &mut OpenRing<'_, '_>, port: &Port<'_>) -> Result<Judged<TapFrame>, End> {
         if let Some(held) = self.held.take() {
             // The policy may have changed while it waited.
-            let (frame, ..) = held.into_parts();
-            return Ok(self.consider(frame, port));
+            return Ok(self.consider(held.into_frame(), port));
         }
         match ring.has_next() {
             Ok(true) => {}

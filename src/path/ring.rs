@@ -190,9 +190,7 @@ impl<'a, 'm> OpenRing<'a, 'm> {
         let head = usize::from(u16::from_le(self.heads.load(self.place(self.next.wrapping_add(ahead)))));
         if head < self.table.len() {
             let first = self.table.load(head);
-            if let Some(buffer) = self.memory.in_last_region(first.addr().0, first.len()) {
-                prefetch(&buffer);
-            }
+            self.memory.fetch(first.addr().0);
         }
     }
 
@@ -382,6 +380,18 @@ impl<'m> GuestRegions<'m> {
         Ok(())
     }
 
+    /// Has the processor fetch what is at an address, if that is in the region of the last look-up.
+    #[inline]
+    fn fetch(&self, address: u64) {
+        if let Some((start, slice)) = &self.last
+            && let Ok(from) = usize::try_from(address.wrapping_sub(*start))
+            && from < slice.len()
+        {
+            prefetch(slice, from);
+        }
+    }
+
+    #[inline]
     fn in_last_region(&self, address: u64, bytes: u32) -> Option<VolatileSlice<'m, ()>> {
         let (start, slice) = self.last?;
         let offset = usize::try_from(address.wrapping_sub(start)).ok()?;
