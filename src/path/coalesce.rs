@@ -106,7 +106,9 @@ impl<'b> Run<'b> {
         self.is_sound
     }
 
-    /// Copies the payload behind the last one's, unless its checksums are wrong.
+    /// Copies the payload behind the last one's, unless its checksums are wrong. That copy is left then: the frame is
+    /// copied by the run that it begins, and it is that copy which is sent. What was judged is its start, which is
+    /// read once.
     fn append(&mut self, segment: &Segment, batch: &Batch<'_, '_>) -> bool {
         let end = self.used.saturating_add(segment.payload());
         let Some(room) = self.bytes.get_mut(self.used..end) else { return false };

@@ -135,6 +135,9 @@ impl Transmit {
 impl Intake<'_, '_, '_> {
     /// Takes, labels, inspects and judges the next frame.
     fn next(&mut self) -> Option<Judged<Chain>> {
+        if matches!(self.end, End::Fault(_)) {
+            return None; // whatever the guest makes of its ring now
+        }
         if self.taken == FRAMES {
             self.end = End::Full;
             return None;
