@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// "group: case, backend", each run once.
-const RUNS: [&str; 9] = [
+const RUNS: [&str; 10] = [
     "transmit: 64 B, 10,000 flows, vmflow",
     "transmit: 64 B, 10,000 flows, plain loop",
     "transmit: 64 B, 10,000 flows, peer",
@@ -20,6 +20,7 @@ const RUNS: [&str; 9] = [
     "receive: TCP GSO, mergeable, vmflow",
     "receive: TCP GSO, mergeable, plain loop",
     "round trip: 64 B, vmflow",
+    "round trip: 64 B, vmflow, poll_us=50",
     "testpmd: txonly, 64 B, many flows, DPDK vhost + tap (polls)",
 ];
 
