@@ -10,11 +10,12 @@ use std::{
 use vmflow::ledger::DropReason;
 
 /// The files that may contain `unsafe`, and why each needs it.
-const UNSAFE: [(&str, &str); 7] = [
+const UNSAFE: [(&str, &str); 8] = [
     ("src/keeper/door.rs", "unshare"),
     ("src/keeper/process.rs", "fork, signalfd, inherited descriptors"),
     ("src/ledger/layout.rs", "the shared mapping"),
     ("src/monitor/spawn.rs", "a promise to tokio about a descriptor"),
+    ("src/path/forward.rs", "writev with pointers into guest memory"),
     ("src/path/prefetch.rs", "a hint to the processor"),
     ("src/tap.rs", "ioctls of the TUN driver"),
     ("src/monitor/inherited.rs", "descriptors handed in by the service manager"),

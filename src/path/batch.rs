@@ -7,19 +7,20 @@
 //! ```
 //! The rest is copied when it is known where to: behind this start, or behind the frame before it (`coalesce`).
 //!
-//! All of a frame is copied, however long it is. That is safe: nobody can change what was judged. And it costs
-//! nothing: writing the rest from where it is, by an iovec, was slower at every length but the longest. Measured
-//! by `cargo bench -p vmflow-bench --bench copy` on two shared processors, Linux 6.18; ratios, as times depend on
-//! the machine:
+//! Of a long frame the rest stays where it is, and goes to the tap by an iovec. From which length on that is
+//! faster was measured on two shared processors, Linux 6.18 (ratios, as times depend on the machine):
 //!
-//! | frame in bytes | CPU time of start copied + iovec / all copied |
-//! |---|---|
-//! | 256 | 1.04 |
-//! | 512 .. 4,096 | 1.23 .. 1.28 |
-//! | 9,014 | 1.20 |
-//! | 16,384 | 1.13 |
-//! | 32,768 | 1.03 |
-//! | 65,000 (in one piece, which a guest's never is) | 0.92 .. 1.01 |
+//! | frame in bytes | CPU time of start copied + iovec / all copied | by |
+//! |---|---|---|
+//! | 256 | 1.04 | `cargo bench -p vmflow-bench --bench copy` |
+//! | 512 .. 4,096 | 1.23 .. 1.28 | |
+//! | 9,014 | 1.20 | |
+//! | 16,384 | 1.13 | |
+//! | 32,768 | 1.03 | |
+//! | 65,000 | 0.92 .. 1.01 | |
+//! | 65,214, from a driver's ring | 0.73 | `qemu-scripts/bench`, TCP with TSO |
+
+use vm_memory::VolatileSlice;
 
 use super::{
     chain::{Chain, Malformed, Purpose},
@@ -35,6 +36,8 @@ pub const FRAMES: usize = 64;
 /// Longest frame that can pass: an IPv6 packet with a payload of 65,535 bytes behind an Ethernet header with two
 /// tags.
 pub const FRAME_MAX: usize = 14 + 2 * 4 + 40 + 65_535;
+/// A frame up to this length is copied whole: that is the fastest way to the tap as well as the safest.
+pub const COPY_WHOLE: usize = 32 << 10;
 /// So much of a frame is copied at once, and only this is looked at.
 pub const COPY_PREFIX: usize = 256;
 /// So many chains before its turn a buffer is fetched from memory.
@@ -141,8 +144,13 @@ impl<'p, 'm> Batch<'p, 'm> {
     }
 
     /// What the frame is as a part of a longer one; nothing if it goes to the tap alone.
-    pub(super) const fn segment(&self) -> Option<Segment> {
-        self.segment
+    pub(super) fn segment(&self) -> Option<Segment> {
+        self.segment.filter(|_| !self.is_long())
+    }
+
+    /// True if only its start is copied.
+    pub(super) const fn is_long(&self) -> bool {
+        self.len > COPY_WHOLE
     }
 
     /// The frame's headers, and whatever is behind them.
@@ -163,9 +171,14 @@ impl<'p, 'm> Batch<'p, 'm> {
         self.bytes.get(..end).unwrap_or_default()
     }
 
+    /// What is behind the start, in guest memory.
+    pub(super) fn rest(&self) -> &[VolatileSlice<'m, ()>] {
+        self.pieces.get(self.rest..).unwrap_or_default()
+    }
+
     /// Copies what is behind the start out of guest memory.
     pub(super) fn copy_rest(&self, mut into: &mut [u8]) {
-        for piece in self.pieces.get(self.rest..).unwrap_or_default() {
+        for piece in self.rest() {
             let n = piece.copy_to(into);
             into = into.get_mut(n..).unwrap_or_default();
         }

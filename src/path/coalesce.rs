@@ -10,8 +10,10 @@
 
 use arrayvec::{ArrayVec, CapacityError};
 
+use vm_memory::VolatileSlice;
+
 use super::{
-    batch::{Batch, COPY_PREFIX, FRAME_MAX, FRAMES},
+    batch::{Batch, COPY_PREFIX, COPY_WHOLE, FRAME_MAX, FRAMES},
     chain::Chain,
     judge::{Judged, Verdict},
 };
@@ -23,7 +25,7 @@ use crate::wire::{
 /// The longest run; no frame that passes is longer.
 const BYTES: usize = HEADER_LEN + FRAME_MAX;
 
-const _: () = assert!(COPY_PREFIX <= FRAME_MAX);
+const _: () = assert!(COPY_PREFIX <= COPY_WHOLE && COPY_WHOLE <= FRAME_MAX);
 
 /// What a transmit queue keeps for its runs, one after the other, so that none allocates.
 #[derive(Debug)]
@@ -45,6 +47,8 @@ pub struct Run<'b> {
     bytes: &'b mut [u8],
     /// How many of the bytes there are.
     used: usize,
+    /// The rest of a long frame, in guest memory.
+    tail: &'b [VolatileSlice<'b, ()>],
     frames: &'b mut ArrayVec<Judged<Chain>, FRAMES>,
     verdict: Verdict,
     /// What may follow; nothing if the frame goes alone.
@@ -54,21 +58,32 @@ pub struct Run<'b> {
 }
 
 impl<'b> Run<'b> {
-    /// Begins with the frame in hand.
-    pub(super) fn begin(storage: &'b mut Storage, judged: Judged<Chain>, batch: &Batch<'_, '_>) -> Self {
-        let Storage { bytes, frames } = storage;
-        let (start, verdict) = (batch.image(), judged.verdict());
-        frames.clear();
-        frames.push(judged);
-        let mut run = Self { bytes, used: 0, frames, verdict, train: None, is_sound: false };
-        if verdict == Verdict::Forward {
-            run.used = HEADER_LEN.saturating_add(batch.len());
-            let (place, rest) = run.bytes.split_at_mut(start.len());
-            place.copy_from_slice(start);
-            batch.copy_rest(rest.get_mut(..run.used.saturating_sub(start.len())).unwrap_or_default());
+    /// Begins with the frame in hand, of which all is copied.
+    pub(super) fn short(storage: &'b mut Storage, judged: Judged<Chain>, batch: &Batch<'_, '_>) -> Self {
+        let mut run = Self::begin(storage, judged, batch);
+        if run.verdict == Verdict::Forward {
+            let end = HEADER_LEN.saturating_add(batch.len());
+            batch.copy_rest(run.bytes.get_mut(run.used..end).unwrap_or_default());
+            run.used = end;
             run.train = batch.segment().map(Train::new);
         }
         run
+    }
+
+    /// Begins with the frame in hand, and ends with it: all but its start stays in guest memory.
+    pub(super) fn long(storage: &'b mut Storage, judged: Judged<Chain>, batch: &'b Batch<'_, '_>) -> Self {
+        Self { tail: batch.rest(), ..Self::begin(storage, judged, batch) }
+    }
+
+    fn begin(storage: &'b mut Storage, judged: Judged<Chain>, batch: &Batch<'_, '_>) -> Self {
+        let Storage { bytes, frames } = storage;
+        let (start, verdict) = (batch.image(), judged.verdict());
+        if let Some(place) = bytes.get_mut(..start.len()) {
+            place.copy_from_slice(start);
+        }
+        frames.clear();
+        frames.push(judged);
+        Self { bytes, used: start.len(), tail: &[], frames, verdict, train: None, is_sound: false }
     }
 
     /// True if a frame that follows may join.
@@ -139,14 +154,14 @@ impl<'b> Run<'b> {
         self.frames.len()
     }
 
-    /// What is written to the tap.
-    pub(super) fn image(&mut self) -> &[u8] {
+    /// What is written to the tap: header and copied bytes, then pieces of guest memory.
+    pub(super) fn image(&mut self) -> (&[u8], &[VolatileSlice<'b, ()>]) {
         if let Some(train) = self.train.as_ref().filter(|_| self.frames.len() > 1)
             && let Some((header, frame)) = self.bytes.split_first_chunk_mut()
         {
             *header = train.finish(frame).encode();
         }
-        self.bytes.get(..self.used).unwrap_or_default()
+        (self.bytes.get(..self.used).unwrap_or_default(), self.tail)
     }
 
     /// Its frames in order, each with the bytes of headers that were left out because it joined others: 0 for the

@@ -1,16 +1,24 @@
 //! Sends what passed: the tap is the last thing a transmitted frame sees.
 
-use std::os::fd::{AsFd, OwnedFd};
+#![expect(unsafe_code, reason = "writev takes pointers into guest memory")]
 
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+};
+
+use arrayvec::ArrayVec;
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
 };
+use vm_memory::VolatileSlice;
 
 use super::{
     coalesce::Run,
     judge::{Judged, Verdict},
     place::TapFrame,
+    ring::PIECES,
 };
 use crate::ledger::{Account, DropReason, Fate};
 
@@ -44,8 +52,25 @@ impl Tap {
         poll(&mut [PollFd::new(&self.0, PollFlags::OUT)], Some(&now)).is_ok_and(|ready| ready > 0)
     }
 
-    fn write(&self, image: &[u8]) -> Result<usize, Errno> {
-        rustix::io::write(&self.0, image)
+    fn write(&self, head: &[u8], tail: &[VolatileSlice<'_, ()>]) -> Result<usize, Errno> {
+        if tail.is_empty() { rustix::io::write(&self.0, head) } else { self.write_vectored(head, tail) }
+    }
+
+    fn write_vectored(&self, head: &[u8], tail: &[VolatileSlice<'_, ()>]) -> Result<usize, Errno> {
+        let mut vectors = ArrayVec::<libc::iovec, { PIECES + 1 }>::new();
+        vectors.push(libc::iovec { iov_base: head.as_ptr().cast_mut().cast(), iov_len: head.len() });
+        for piece in tail {
+            let base = piece.ptr_guard().as_ptr().cast_mut().cast();
+            vectors
+                .try_push(libc::iovec { iov_base: base, iov_len: piece.len() })
+                .map_err(|_| Errno::MSGSIZE)?;
+        }
+        let count = libc::c_int::try_from(vectors.len()).map_err(|_| Errno::MSGSIZE)?;
+        // SAFETY: the first vector is `head`, which is borrowed; each further one is a `VolatileSlice`, whose
+        // lifetime says that its guest memory stays mapped; the kernel only reads them.
+        let written = unsafe { libc::writev(self.0.as_raw_fd(), vectors.as_ptr(), count) };
+        usize::try_from(written)
+            .map_err(|_| Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO))
     }
 }
 
@@ -105,7 +130,8 @@ pub fn forward<'b>(mut run: Run<'b>, tap: &Tap, account: &mut Account) -> Result
         Verdict::Drop(reason) => Fate::Dropped(reason),
         Verdict::Forward => {
             account.begin_tap_operation(run.len());
-            match tap.write(run.image()) {
+            let (head, tail) = run.image();
+            match tap.write(head, tail) {
                 Ok(_) => Fate::Passed,
                 Err(Errno::AGAIN) => {
                     account.withdraw_tap_operation();

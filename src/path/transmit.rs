@@ -103,10 +103,15 @@ impl Transmit {
     fn send_all(&mut self, mut intake: Intake<'_, '_, '_>) -> End {
         let mut next = intake.next();
         while let Some(judged) = next.take() {
-            let mut run = Run::begin(&mut self.storage, judged, &intake.batch);
-            if self.singly == 0 {
-                next = intake.grow(&mut run);
-            }
+            let run = if intake.batch.is_long() {
+                Run::long(&mut self.storage, judged, &intake.batch)
+            } else {
+                let mut run = Run::short(&mut self.storage, judged, &intake.batch);
+                if self.singly == 0 {
+                    next = intake.grow(&mut run);
+                }
+                run
+            };
             let frames = run.len();
             match forward(run, intake.port.tap, &mut self.account) {
                 Ok(outcome) => {

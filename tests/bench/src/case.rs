@@ -50,6 +50,8 @@ pub enum Front {
 pub enum Traffic {
     /// Sends as fast as the backend takes it.
     Transmit,
+    /// Fills all rings, and sleeps until they are empty: every processor is the backend's.
+    Burst,
     /// Takes what waits in the tap, burst by burst.
     Receive,
     /// Sends and takes at the same time.
@@ -138,6 +140,14 @@ const TRANSMIT: Case = Case {
 };
 const SINKS: Case = Case { group: "sinks", rivals: &[Vmflow, Uncoalesced, Plain], ..TRANSMIT };
 const RECEIVE: Case = Case { group: "receive", traffic: Traffic::Receive, ..TRANSMIT };
+const PAIRS: Case = Case {
+    group: "queue pairs",
+    traffic: Traffic::Burst,
+    load: Load::udp(64).flows(1000),
+    rivals: &[Uncoalesced, Vmflow],
+    metric: Metric::Packets,
+    ..TRANSMIT
+};
 const PORTS: Case = Case { group: "ports", traffic: Traffic::Paced, rivals: &[Vmflow], ..TRANSMIT };
 const TESTPMD: Case = Case { group: "testpmd", rivals: &[Vmflow, Dpdk, Peers], ..TRANSMIT };
 const GUEST: Case = Case {
@@ -265,6 +275,16 @@ pub const CASES: &[Case] = &[
         rivals: &[Vmflow, Plain, Peers],
         metric: Metric::Bits,
         ..RECEIVE
+    },
+    Case { name: "64 B, 1 pair", ..PAIRS },
+    Case { name: "64 B, 2 pairs", features: FEATURES | feature::MQ, pairs: 2, ..PAIRS },
+    Case { name: "1514 B, 1 pair", load: Load::udp(1514).flows(1000), ..PAIRS },
+    Case {
+        name: "1514 B, 2 pairs",
+        load: Load::udp(1514).flows(1000),
+        features: FEATURES | feature::MQ,
+        pairs: 2,
+        ..PAIRS
     },
     Case { group: "both ways", name: "64 B", traffic: Traffic::Both, rivals: &[Vmflow, Peers], ..TRANSMIT },
     Case { name: "1 port, 4,000 frames/s each", ..PORTS },
@@ -408,6 +428,8 @@ pub const GOALS: &[Goal] = &[
         0.95,
         "monitoring costs at most 5 % of a frame received",
     ),
+    pairs("64 B, 1 pair", "64 B, 2 pairs", "two queue pairs on two processors: 1.8x one, 64 B"),
+    pairs("1514 B, 1 pair", "1514 B, 2 pairs", "two queue pairs on two processors: 1.8x one, 1514 B"),
     ports("10 ports, 4,000 frames/s each", "10 busy ports: within 25 % of one"),
     ports("100 ports, 4,000 frames/s each", "100 busy ports: within 25 % of one"),
 ];
@@ -424,6 +446,16 @@ const fn same(
 }
 
 /// vmflow with more ports against itself with one.
+const fn pairs(one: &'static str, two: &'static str, what: &'static str) -> Goal {
+    Goal {
+        what,
+        better: ("queue pairs", two, Vmflow),
+        than: ("queue pairs", one, Vmflow),
+        metric: Metric::Packets,
+        at_least: 1.8,
+    }
+}
+
 const fn ports(name: &'static str, what: &'static str) -> Goal {
     let one = ("ports", "1 port, 4,000 frames/s each", Vmflow);
     Goal { what, better: ("ports", name, Vmflow), than: one, metric: Metric::Cpu, at_least: 0.8 }

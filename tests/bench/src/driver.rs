@@ -22,6 +22,10 @@ use crate::{
 
 /// Slots of each ring.
 pub const SLOTS: u16 = 1024;
+/// Slots of each ring that is filled at once: a few milliseconds' work.
+const BURST: u16 = 8192;
+/// Between two looks whether a ring is empty.
+const LOOK: Duration = Duration::from_micros(50);
 /// Frames that are sent, or taken, at once.
 const BATCH: u16 = 64;
 /// Frames on their way to a driver that sends meanwhile: fewer than a tap's queue and a ring hold.
@@ -52,6 +56,7 @@ pub fn run(case: &Case, backend: &Backend, time: Duration) -> Result<Sample> {
     }
     let sample = match case.traffic {
         Traffic::Transmit => transmit(case, backend, &mut devices, time),
+        Traffic::Burst => bursts(case, backend, &mut devices, time),
         Traffic::Paced => paced(case, backend, &mut devices, time),
         Traffic::Receive => receive(case, backend, &mut devices[0], time),
         Traffic::Both => both(case, backend, &mut devices[0], time),
@@ -72,7 +77,11 @@ fn config(case: &Case) -> Config {
         features: case.features,
         pairs: case.pairs,
         // Large frames in many slots would be more memory than a guest has at hand.
-        queue_size: if large { SLOTS / 2 } else { SLOTS },
+        queue_size: match case.traffic {
+            Traffic::Burst => BURST,
+            _ if large => SLOTS / 2,
+            _ => SLOTS,
+        },
         transmit_room: u32::try_from(case.load.stride()).unwrap_or(u32::MAX),
         posting: Posting::single(if large { PAGE } else { PAGE / 2 }),
         unmerged: case.wants_whole().then(|| Posting::chain(&[PAGE; PAGES])),
@@ -140,6 +149,28 @@ fn transmit(case: &Case, backend: &Backend, devices: &mut [Device], time: Durati
     }
     frames += drain(devices)?;
     Ok(sent(case, frames, meter.stop()))
+}
+
+/// Fills all rings and looks seldom whether they are empty.
+fn bursts(case: &Case, backend: &Backend, devices: &mut [Device], time: Duration) -> Result<Sample> {
+    let meter = Meter::start(backend.pids(), Vec::new());
+    let (begin, mut busy, mut frames) = (Instant::now(), Duration::ZERO, 0);
+    while begin.elapsed() < time {
+        let (now, mut moved) = (Instant::now(), Progress::default());
+        for pair in pairs(devices) {
+            frames += send(pair, BURST, None)?;
+        }
+        while pairs(devices).any(|pair| pair.transmit.queue.in_flight() > 0) {
+            std::thread::sleep(LOOK);
+            let mut back = 0;
+            for pair in pairs(devices) {
+                back += pair.transmit.reclaim()?;
+            }
+            frames += moved.note(back)?;
+        }
+        busy += now.elapsed();
+    }
+    Ok(Sample { seconds: busy.as_secs_f64(), ..sent(case, frames, meter.stop()) })
 }
 
 /// Each port in turn, so that all have had a batch after [`PACE`].

@@ -45,7 +45,7 @@ pub fn run(case: &Case, tap: &str, time: Duration) -> Result<Sample> {
             receive(&fd, &case.load, takes_whole(tap)?, &Sender::on(tap)?, time)
         }
         Traffic::RoundTrip => round_trips(&fd, case.load.length, time),
-        Traffic::Both | Traffic::Paced => bail!("the plain loop does not do that"),
+        Traffic::Both | Traffic::Paced | Traffic::Burst => bail!("the plain loop does not do that"),
     }
 }
 
