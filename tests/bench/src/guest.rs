@@ -40,7 +40,7 @@ struct Guest(TempDir);
 impl Guest {
     fn start(options: &[&str]) -> Result<Self> {
         let guest = Self(tempfile::tempdir()?);
-        must(guest.command("start").args(["--ip", ADDRESS]).args(options))?;
+        must(guest.command("start").args(["--ip", ADDRESS, "--cpus", "2"]).args(options))?;
         Ok(guest)
     }
 
