@@ -62,12 +62,10 @@ impl Brief {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn udp_segmentation_is_offered_only_where_the_tap_knows_it() {
-        let brief = |uso| Brief {
+impl Brief {
+    /// A port with everything, for tests.
+    pub(super) fn example() -> Self {
+        Self {
             monitor: 1,
             vm: "web1".into(),
             label: 1,
@@ -75,12 +73,22 @@ mod tests {
             uid: 1,
             queue_pairs: 1,
             mtu: 1500,
-            mac: None,
-            control_queue: false,
-            uso,
+            mac: Some([2, 0, 0, 0, 0, 7]),
+            control_queue: true,
+            uso: true,
             coalesce: true,
             poll_us: 0,
-        };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn udp_segmentation_is_offered_only_where_the_tap_knows_it() {
+        let brief = |uso| Brief { uso, ..Brief::example() };
         assert_eq!(brief(false).features() & features::USO, 0);
         assert_eq!(brief(true).features(), brief(false).features() | 1 << 54 | 1 << 55 | 1 << 56);
     }

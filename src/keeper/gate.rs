@@ -321,21 +321,7 @@ mod tests {
     const SIZE: u64 = 0x10_0000;
 
     fn gate() -> Gate {
-        let brief = Brief {
-            monitor: 1,
-            vm: "web1".into(),
-            label: 1,
-            port: 0,
-            uid: 1,
-            queue_pairs: 1,
-            mtu: 1500,
-            mac: Some([2, 0, 0, 0, 0, 7]),
-            control_queue: true,
-            uso: true,
-            coalesce: true,
-            poll_us: 0,
-        };
-        Gate::new(brief, Descriptors::open().unwrap())
+        Gate::new(Brief::example(), Descriptors::open().unwrap())
     }
 
     fn say(gate: &mut Gate, request: u32, body: Vec<u8>, files: Vec<OwnedFd>) -> Result<Step, Forbidden> {
